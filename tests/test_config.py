@@ -1,0 +1,131 @@
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+import config
+
+
+@dataclass
+class Settings:
+    # Sizes
+    n_layer: int = 12  # number of blocks
+    rate: float = 0.5  # how fast
+    top_k: int | None = None  # how many
+    # Words
+    kind: Literal["round", "square"] = "round"  # which form
+    name: str = "x"  # what it is called
+    start: str | None = None  # where to begin
+    loud: bool = False  # say so
+
+    def __post_init__(self):
+        if self.n_layer < 1:
+            raise ValueError(f"n_layer is {self.n_layer}; it must be at least 1")
+
+
+@dataclass
+class Sources:
+    sources: list[str]
+    loud: bool = False  # say so
+
+
+def test_command_line_wins_over_files_and_later_over_earlier(tmp_path):
+    a, b = tmp_path / "a.py", tmp_path / "b.py"
+    a.write_text('"""Why."""\nn_layer = 3  # because\nrate = 1\nname = "a"\ntop_k = 7\n')
+    b.write_text("name = 'b'\ntop_k = None\nkind = 'square'\n")
+    got = config.parse(Settings, ["--n_layer", "4", str(a), str(b), "--n_layer=5"])
+    assert got == Settings(n_layer=5, rate=1.0, name="b", kind="square")
+    assert type(got.rate) is float
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--loud"], {"loud": True}),
+        (["--loud", "true", "--n_layer=2"], {"loud": True, "n_layer": 2}),
+        (["--loud=false"], {"loud": False}),
+        (["--rate", "-1e-3"], {"rate": -1e-3}),
+        (["--rate=3"], {"rate": 3.0}),
+        (["--top_k=none"], {"top_k": None}),
+        (["--name", "7"], {"name": "7"}),
+        (["--name="], {"name": ""}),
+        (["--name=--n_layer"], {"name": "--n_layer"}),
+        (["--start", "Every effort = 3"], {"start": "Every effort = 3"}),
+        (["--start", "12"], {"start": "12"}),
+        (["--kind", "square"], {"kind": "square"}),
+        (["--n_layer", "1_000"], {"n_layer": 1000}),
+    ],
+)
+def test_words(words, expected):
+    assert config.parse(Settings, words) == Settings(**expected)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--n_layers", "3"], "there is no setting 'n_layers'; did you mean n_layer?"),
+        (["--n-layer", "3"], "did you mean n_layer?"),
+        (["--qqqqqqq", "3"], "--help lists them all"),
+        (["--n_layer", "three"], "--n_layer is 'three'; it must be int"),
+        (["--n_layer", "3.0"], "--n_layer is 3.0; it must be int"),
+        (["--n_layer", "true"], "--n_layer is True; it must be int"),
+        (["--n_layer", "[" * 5000], "it must be int"),
+        (["--n_layer", "9" * 5000], "it must be int"),
+        (["--rate", "9" * 400], "it must be float"),
+        (["--n_layer"], "--n_layer needs a value"),
+        (["--name", "--loud"], "--name needs a value"),
+        (["--loud=maybe"], "--loud is 'maybe'; it must be bool"),
+        (["--top_k=many"], "it must be int or none"),
+        (["--kind", "oval"], "--kind is 'oval'; it must be round or square"),
+        (["--n_layer", "0"], "n_layer is 0; it must be at least 1"),
+        (["nowhere.py"], "cannot read config file nowhere.py: No such file"),
+    ],
+)
+def test_refused(words, message):
+    with pytest.raises(config.UserError) as error:
+        config.parse(Settings, words)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("n_layer = 3\nn_layers = 4\n", "line 2: there is no setting 'n_layers'"),
+        ("n_layer = 'x'\n", "line 1: n_layer is 'x'; it must be int"),
+        ("\n\nn_layer = = 4\n", "line 3: invalid syntax"),
+        ("import os\n", "line 1: only `name = plain value`"),
+        ("n_layer = open('x')\n", "line 1: only `name = plain value`"),
+        ("n_layer, rate = 1, 2\n", "line 1: only `name = plain value`"),
+        ("n_layer = 1 + '\n", "line 1: "),
+        ("n_layer = " + "(" * 3000, "line 1: "),
+        ("n_layer = " + "-" * 100_000 + "1", "be.py"),
+        ("n_layer = 1\0", "be.py"),
+        (b"n_layer = 1 # \xff", "be.py"),
+    ],
+)
+def test_refused_files(tmp_path, text, message):
+    path = tmp_path / "be.py"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(config.UserError) as error:
+        config.parse(Settings, [str(path)])
+    assert message in str(error.value)
+
+
+def test_sources_take_the_plain_words():
+    assert config.parse(Sources, ["a", "--loud", "b.py"]) == Sources(["a", "b.py"], True)
+
+
+def test_help_lists_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse(Settings, ["--n_layer", "2", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert out.index("Sizes") < out.index("--n_layer") < out.index("Words") < out.index("--kind")
+    for line in (
+        "--n_layer int",
+        "number of blocks [12]",
+        "--top_k int or none",
+        "how many [None]",
+    ):
+        assert line in out
+    assert "--kind round or square" in out and "--loud  " in out

@@ -1,0 +1,217 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import GPT, GPTConfig
+
+SMALL = dict(vocab_size=50, context_length=8, n_layer=2, n_head=2, n_embd=16)
+
+
+def small(**changes) -> GPT:
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**SMALL | changes)).eval()
+
+
+@pytest.mark.parametrize(
+    "changes, parameters",
+    [
+        (dict(qkv_bias=False, tie_weights=False), 163_009_536),  # the book, chapter 4
+        (dict(qkv_bias=False, tie_weights=False, context_length=256), 162_419_712),
+        (dict(qkv_bias=False, tie_weights=True), 124_412_160),
+        (dict(), 124_439_808),
+        (dict(n_layer=24, n_head=16, n_embd=1024), 354_823_168),
+        (dict(n_layer=36, n_head=20, n_embd=1280), 774_030_080),
+        (dict(n_layer=48, n_head=25, n_embd=1600), 1_557_611_200),
+    ],
+)
+def test_published_parameter_counts(changes, parameters):
+    with torch.device("meta"):
+        assert GPT(GPTConfig(**changes)).num_parameters() == parameters
+
+
+def test_tensor_names_are_those_of_gpt2():
+    names = {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}
+    names |= {f"transformer.ln_f.{kind}" for kind in ("weight", "bias")}
+    for layer in range(2):
+        for part in ("ln_1", "ln_2", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            names |= {f"transformer.h.{layer}.{part}.{kind}" for kind in ("weight", "bias")}
+    state = small().state_dict()
+    assert set(state) == names
+    assert state["transformer.h.0.attn.c_attn.weight"].shape == (48, 16)
+    assert set(small(bias=False).state_dict()) == {x for x in names if not x.endswith("bias")}
+    without = {x for x in names if not x.endswith("c_attn.bias")}
+    assert set(small(qkv_bias=False).state_dict()) == without
+
+
+def by_hand(gpt: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """GPT-2's forward pass for one sequence (T,), written out position by position."""
+    w = {name.removeprefix("transformer."): tensor for name, tensor in gpt.state_dict().items()}
+    C, heads = gpt.config.n_embd, gpt.config.n_head
+    D = C // heads
+
+    def norm(x, name):
+        x = (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(x, name):
+        return w[f"{name}.weight"] @ x + w[f"{name}.bias"]
+
+    xs = [w["wte.weight"][token] + w["wpe.weight"][t] for t, token in enumerate(idx)]
+    for n in range(gpt.config.n_layer):
+        h = f"h.{n}."
+        qkv = [linear(norm(x, h + "ln_1"), h + "attn.c_attn") for x in xs]
+        for t in range(len(xs)):
+            gathered = []
+            for s in (slice(i * D, (i + 1) * D) for i in range(heads)):
+                scores = [qkv[t][:C][s] @ qkv[u][C : 2 * C][s] / D**0.5 for u in range(t + 1)]
+                weights = torch.stack(scores).softmax(0)
+                gathered.append(sum(a * qkv[u][2 * C :][s] for u, a in enumerate(weights)))
+            xs[t] = xs[t] + linear(torch.cat(gathered), h + "attn.c_proj")
+        for t, x in enumerate(xs):
+            x = linear(norm(x, h + "ln_2"), h + "mlp.c_fc")
+            x = 0.5 * x * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3)))
+            xs[t] = xs[t] + linear(x, h + "mlp.c_proj")
+    return torch.stack([w["lm_head.weight"] @ norm(x, "ln_f") for x in xs])
+
+
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_forward_is_gpt2_written_out(tie_weights):
+    gpt = small(tie_weights=tie_weights)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)  # biases and gains that matter
+    idx = torch.randint(50, (2, 8))
+    with torch.no_grad():
+        expected = torch.stack([by_hand(gpt, row) for row in idx])
+        torch.testing.assert_close(gpt(idx), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_loss_is_the_mean_negative_log_probability():
+    """Book, section 5.1.2: look up each target's probability, take -log, average."""
+    gpt, idx, targets = small(), torch.randint(50, (3, 8)), torch.randint(50, (3, 8))
+    probabilities = gpt(idx).softmax(dim=-1)
+    chosen = [probabilities[b, t, targets[b, t]].item() for b in range(3) for t in range(8)]
+    expected = -sum(map(math.log, chosen)) / len(chosen)
+    loss = gpt(idx, targets)
+    assert loss.shape == () and loss.item() == pytest.approx(expected, rel=1e-5)
+    some = targets.clone()
+    some[0] = -100  # does not count
+    expected = -sum(map(math.log, chosen[8:])) / 16
+    assert gpt(idx, some).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_books_worked_example():
+    """Section 5.1.2: the probabilities of six targets, their loss 10.7940, perplexity 48,725."""
+    published = [[7.4541e-05, 3.1061e-05, 1.1563e-05], [1.0337e-05, 5.6776e-05, 4.7559e-06]]
+    chosen = torch.tensor(published).double()
+    gpt, targets = small(), torch.tensor([[3, 4, 5], [6, 7, 8]])
+    probabilities = ((1 - chosen) / 49)[:, :, None].repeat(1, 1, 50)
+    probabilities.scatter_(2, targets[:, :, None], chosen[:, :, None])
+    gpt.lm_head.forward = lambda x: probabilities.log()  # a model that says just these
+    loss = gpt(targets, targets).item()
+    assert loss == pytest.approx(10.7940, abs=5e-5)
+    assert math.exp(loss) == pytest.approx(48_725.8, abs=2.5)
+
+
+def test_initial_loss_is_near_ln_of_the_vocabulary():
+    gpt = small(vocab_size=1000)
+    idx = torch.randint(1000, (16, 8))
+    assert gpt(idx, idx.roll(1)).item() == pytest.approx(math.log(1000), abs=0.05)
+
+
+def test_initialisation():
+    gpt = small(n_embd=128, n_layer=8)
+    for name, p in gpt.named_parameters():
+        if p.dim() < 2:
+            assert (p == (1 if "ln" in name and name.endswith("weight") else 0)).all()
+        else:
+            std = 0.02 / 4 if name.endswith("c_proj.weight") else 0.02  # sqrt(2 * 8) = 4
+            assert p.std().item() == pytest.approx(std, rel=0.1), name
+
+
+def test_no_position_sees_a_later_one():
+    gpt, idx = small(), torch.randint(50, (1, 8))
+    before = gpt(idx)
+    idx[0, 5] = (idx[0, 5] + 1) % 50
+    after = gpt(idx)
+    assert torch.equal(before[:, :5], after[:, :5]) and not torch.allclose(
+        before[:, 5], after[:, 5]
+    )
+
+
+def test_dropout_works_in_training_alone():
+    gpt, idx = small(dropout=0.5), torch.randint(50, (1, 8))
+    assert torch.equal(gpt(idx), gpt(idx))
+    gpt.train()
+    assert not torch.equal(gpt(idx), gpt(idx))
+
+
+def test_weight_decay_is_for_matrices_alone():
+    gpt = small()
+    decayed, others = gpt.optimizer_groups(0.1)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert {p.dim() for p in decayed["params"]} == {2} and {p.dim() for p in others["params"]} == {
+        1
+    }
+    assert len(decayed["params"]) + len(others["params"]) == len(list(gpt.parameters()))
+
+
+@pytest.mark.parametrize("length, new", [(3, 4), (8, 1), (2, 20), (12, 5)])
+def test_greedy_generation_is_the_argmax_of_the_cropped_context(length, new):
+    gpt, idx = small(), torch.randint(50, (2, length))
+    expected = idx
+    for _ in range(new):
+        token = gpt(expected[:, -8:])[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat((expected, token), 1)
+    assert torch.equal(gpt.generate(idx, new, temperature=0), expected)
+
+
+def test_sampling_follows_the_probabilities():
+    gpt, idx = small(), torch.tensor([[7]])
+    with torch.no_grad():
+        gpt.lm_head.weight.mul_(20)
+    many = idx.expand(20_000, 1)
+    generator = torch.Generator().manual_seed(0)
+    for temperature, top_k in ((1.0, None), (0.5, None), (2.0, 3)):
+        logits = gpt(idx)[0, -1] / temperature
+        if top_k:
+            logits[logits < logits.topk(top_k).values[-1]] = -math.inf
+        drawn = gpt.generate(many, 1, temperature, top_k, generator)[:, 1].bincount(minlength=50)
+        torch.testing.assert_close(drawn / 20_000, logits.softmax(-1), atol=0.015, rtol=0)
+
+
+def test_top_k_of_one_is_greedy_and_above_the_vocabulary_is_all():
+    gpt, idx = small(), torch.randint(50, (2, 3))
+    greedy = gpt.generate(idx, 5, temperature=0)
+    assert torch.equal(gpt.generate(idx, 5, temperature=1.0, top_k=1), greedy)
+    one, all_ = (
+        gpt.generate(idx, 5, 1.0, k, torch.Generator().manual_seed(3)) for k in (None, 999)
+    )
+    assert torch.equal(one, all_)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), st.booleans(), st.booleans(), st.booleans())
+def test_any_small_shape_works(n_layer, n_head, bias, qkv_bias, tie_weights):
+    shape = dict(n_layer=n_layer, n_head=n_head, n_embd=4 * n_head)
+    gpt = small(**shape, bias=bias, qkv_bias=qkv_bias, tie_weights=tie_weights)
+    loss = gpt(torch.randint(50, (2, 8)), torch.randint(50, (2, 8)))
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in gpt.parameters())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(n_embd=10, n_head=3), "n_embd .10. must be a multiple of n_head .3."),
+        (dict(n_layer=0), "n_layer is 0; it must be at least 1"),
+        (dict(vocab_size=-1), "vocab_size is -1"),
+        (dict(dropout=1.0), "dropout is 1.0"),
+    ],
+)
+def test_impossible_shapes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**changes)

@@ -1,0 +1,286 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+from model import GPT, GPTConfig
+
+
+def metrics(folder="out"):
+    """The lines of metrics.jsonl without what the clock says."""
+    lines = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")]
+    for line in lines:
+        line.pop("seconds")
+        line.pop("tokens_per_second", None)
+    return lines
+
+
+# --- Batches --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**32))
+def test_permute_is_a_permutation(n, seed):
+    out = train.permute(np.arange(n), n, np.random.default_rng(seed))
+    assert sorted(out) == list(range(n))
+
+
+def test_permute_is_well_shuffled():
+    """Every place comes to every other place about equally often (chi-squared, 11 x 11)."""
+    n, rounds = 12, 12_000
+    counts = np.zeros((n, n))
+    for seed in range(rounds):
+        counts[np.arange(n), train.permute(np.arange(n), n, np.random.default_rng(seed))] += 1
+    expected = rounds / n
+    chi2 = ((counts - expected) ** 2 / expected).sum()
+    assert chi2 < 121 + 6 * math.sqrt(2 * 121)
+    big = train.permute(np.arange(100_000), 100_000, np.random.default_rng(0))
+    assert abs(np.corrcoef(np.arange(100_000), big)[0, 1]) < 0.02
+    assert len(set(np.diff(big[:2000]))) > 1900  # no regular stride
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(20, 400),
+    batch_size=st.integers(1, 7),
+    T=st.integers(1, 16),
+    seed=st.integers(0, 99),
+)
+def test_an_epoch_visits_every_window_once(tokens, batch_size, T, seed):
+    stream = np.arange(tokens, dtype=np.uint16)
+    windows = (tokens - 1) // T
+    rows, step = [], 0
+    while len(rows) < 3 * windows:
+        x, y = train.get_batch(stream, step, batch_size=batch_size, context_length=T, seed=seed)
+        assert x.dtype == y.dtype == torch.int64 and x.shape == y.shape == (batch_size, T)
+        assert torch.equal(y, (x + 1) % tokens)  # the token after each
+        rows += x.tolist()
+        step += 1
+    offsets = set()
+    for epoch in range(3):
+        starts = {row[0] for row in rows[epoch * windows : (epoch + 1) * windows]}
+        assert len(starts) == windows  # none twice
+        [offset] = {o for o in starts if {(o + i * T) % tokens for i in range(windows)} == starts}
+        offsets.add(offset)
+    assert len(offsets) > 1 or tokens < 30 or T == 1 or tokens % T == 0
+    again = train.get_batch(stream, 1, batch_size=batch_size, context_length=T, seed=seed)[0]
+    assert rows[batch_size : 2 * batch_size] == again.tolist()[: len(rows) - batch_size]
+
+
+def test_seeds_and_epochs_differ():
+    stream = np.arange(1000, dtype=np.uint16)
+
+    def order(seed, epoch):
+        x, _ = train.get_batch(stream, epoch, batch_size=62, context_length=16, seed=seed)
+        return x[:, 0].tolist()
+
+    assert order(0, 0) != order(1, 0) and order(0, 0) != order(0, 1)
+
+
+# --- Schedule -------------------------------------------------------------------------------------
+
+
+def test_learning_rate_by_hand():
+    config = train.TrainConfig(
+        max_iters=90, warmup_iters=18, learning_rate=5e-4, initial_lr=3e-5, min_lr=1e-6
+    )
+    rate = {step: train.get_lr(step, config) for step in range(91)}
+    assert rate[0] == 3e-5
+    assert rate[1] == pytest.approx(3e-5 + (5e-4 - 3e-5) / 18)
+    assert rate[9] == pytest.approx(2.65e-4)  # half-way up
+    assert rate[18] == 5e-4
+    assert rate[54] == pytest.approx((5e-4 + 1e-6) / 2)  # half-way down
+    assert rate[72] == pytest.approx(1e-6 + 4.99e-4 * 0.5 * (1 - math.sqrt(0.5)))  # cos(3 pi / 4)
+    assert rate[90] == pytest.approx(1e-6)
+    assert max(rate.values()) == rate[18]
+    config.lr_schedule = "constant"
+    assert {train.get_lr(step, config) for step in range(18, 200)} == {5e-4}
+    assert train.get_lr(0, train.TrainConfig(warmup_iters=0, learning_rate=1e-3)) == 1e-3
+
+
+# --- Evaluation -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(9, 200), st.integers(1, 5))
+def test_a_small_split_is_seen_whole(tokens, micro_batch_size):
+    torch.manual_seed(0)
+    gpt = GPT(
+        GPTConfig(vocab_size=50, context_length=8, n_layer=1, n_head=1, n_embd=8, dropout=0.5)
+    )
+    split = np.random.default_rng(0).integers(50, size=tokens).astype(np.uint16)
+    config = train.TrainConfig(
+        context_length=8, batch_size=5, micro_batch_size=micro_batch_size, eval_iters=100
+    )
+    cpu, none = torch.device("cpu"), torch.autocast("cpu", enabled=False)
+    got = train.estimate_loss(gpt, {"val": split}, config, cpu, none)["val"]
+    assert gpt.training
+    gpt.eval()
+    total = 0.0
+    for start in range(0, tokens - 1, 8):
+        x = torch.from_numpy(split[start : start + 9].astype(np.int64))[None]
+        total += gpt(x[:, :-1], x[:, 1:]).item() * (x.shape[1] - 1)
+    assert got == pytest.approx(total / (tokens - 1), rel=1e-5)
+
+
+# --- Runs -----------------------------------------------------------------------------------------
+
+
+def test_a_run_learns_and_writes_what_it_promises(command, dataset, folder):
+    code, out, err = command("train.py", *TINY, "--max_iters=60", "--learning_rate=1e-2")
+    assert code == 0 and err == ""
+    assert "words.txt" in out.splitlines()[0]
+    lines = metrics()
+    evals = [line for line in lines if "val_loss" in line]
+    logs = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in logs] == list(range(1, 61))
+    assert [line["step"] for line in evals] == list(range(0, 61, 3))
+    assert set(logs[0]) == {"step", "loss", "lr", "grad_norm"}
+    for line in evals:
+        assert line["val_perplexity"] == pytest.approx(math.exp(line["val_loss"]))
+    assert evals[0]["val_loss"] == pytest.approx(math.log(257), abs=0.1)
+    assert evals[-1]["val_loss"] < 3.0
+    ckpt = torch.load("out/model.ckpt", weights_only=True)
+    assert set(ckpt) >= set(
+        "model model_args config tokenizer step best_val_loss optimizer".split()
+    )
+    assert (ckpt["step"], ckpt["tokenizer"]) == (60, "bytes")
+    assert ckpt["best_val_loss"] == min(line["val_loss"] for line in evals)
+    assert ckpt["model_args"]["vocab_size"] == 257 and ckpt["config"]["max_iters"] == 60
+    gpt = GPT.from_checkpoint("out/model.ckpt")
+    assert gpt.lm_head.weight is gpt.transformer.wte.weight
+    assert all(torch.equal(gpt.state_dict()[name], ckpt["model"][name]) for name in ckpt["model"])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(command, dataset):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        argv = ["--dropout=0.1", f"--out_dir={name}", f"--seed={seed}"]
+        assert command("train.py", *TINY, *argv)[0] == 0
+    assert metrics("a") == metrics("b") != metrics("c")
+
+
+def test_micro_batches_add_up_to_the_batch(command, dataset):
+    for micro in (4, 2, 3):
+        argv = [f"--micro_batch_size={micro}", f"--out_dir={micro}", "--dtype=float32"]
+        assert command("train.py", *TINY, *argv)[0] == 0
+    for micro in ("2", "3"):
+        for one, other in zip(metrics("4"), metrics(micro)):
+            assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_one_update_is_adamw_by_hand(command, dataset, folder):
+    """Clipped gradient, decay on matrices alone, Adam's first step: lr times the sign."""
+    argv = ["--max_iters=1", "--warmup_iters=0", "--learning_rate=0.01", "--weight_decay=0.5"]
+    argv += ["--dtype=float32", "--grad_clip=0.1", "--lr_schedule=constant"]
+    assert command("train.py", *TINY, *argv)[0] == 0
+    torch.manual_seed(1337)
+    gpt = GPT(GPTConfig(257, 16, 2, 2, 16))
+    stream = np.fromfile("data/words/train.bin", np.uint16)
+    loss = gpt(*train.get_batch(stream, 0, batch_size=4, context_length=16, seed=1337))
+    loss.backward()
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in gpt.parameters()))
+    log = next(line for line in metrics() if "loss" in line)
+    assert log["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert log["grad_norm"] == pytest.approx(norm, rel=1e-4) and norm > 0.1
+    after = GPT.from_checkpoint("out/model.ckpt").state_dict()
+    for name, p in gpt.named_parameters():
+        g = p.grad * 0.1 / norm
+        kept = p * (1 - 0.01 * 0.5) if p.dim() == 2 else p
+        expected = kept - 0.01 * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(after[name], expected.detach(), atol=1e-5, rtol=1e-3)
+
+
+def test_a_fresh_run_keeps_the_old_ones_files(command, dataset, folder):
+    command("train.py", *TINY)
+    ckpt = (folder / "out/model.ckpt").read_bytes()
+    code, out, _ = command("train.py", *TINY, "--seed=2")
+    assert code == 0 and "out/model.ckpt of an earlier run is now model.ckpt.bak" in out
+    assert (
+        (folder / "out/model.ckpt.bak").read_bytes()
+        == ckpt
+        != (folder / "out/model.ckpt").read_bytes()
+    )
+    assert (folder / "out/metrics.jsonl.bak").exists()
+
+
+def test_weights_of_another_run_can_be_the_start(command, dataset):
+    command("train.py", *TINY, "--out_dir=a")
+    argv = ["--max_iters=1", "--out_dir=b", "--init_from=a/model.ckpt", "--dtype=float32"]
+    assert command("train.py", *TINY, *argv)[0] == 0
+    first, last = metrics("b")[0], metrics("a")[-1]
+    assert first["step"] == 0 and first["val_loss"] == pytest.approx(last["val_loss"], rel=1e-2)
+
+
+def test_ctrl_c_saves_and_resume_goes_on(dataset, folder):
+    argv = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters=100000"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step") and " loss " in line and "validation" not in line:
+                break
+        process.send_signal(signal.SIGINT)
+        out = process.stdout.read()
+    assert process.returncode == 130
+    assert out.splitlines()[-1].startswith("to go on: python train.py")
+    step = torch.load("out/model.ckpt", weights_only=True)["step"]
+    assert step == metrics()[-1]["step"] > 0
+    more = [*TINY, f"--max_iters={step + 2}", "--init_from=resume"]
+    assert subprocess.run([*argv[:2], *more], capture_output=True).returncode == 0
+    assert [x["step"] for x in metrics() if "loss" in x] == list(range(1, step + 3))
+
+
+def test_the_plot_is_drawn(command, dataset, folder):
+    pytest.importorskip("matplotlib")
+    assert command("train.py", *TINY)[0] == 0
+    assert (folder / "out/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_or_wandb(command, dataset, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, out, _ = command("train.py", *TINY)
+    assert code == 0 and "pip install matplotlib" in out and not (folder / "out/loss.png").exists()
+    code, _, err = command("train.py", *TINY, "--wandb")
+    assert code == 2 and "pip install wandb" in err
+
+
+def test_wandb_gets_the_keys_of_metrics(command, dataset, monkeypatch):
+    class Recorder(list):
+        def init(self, **kwargs):
+            return self
+
+        def log(self, values, step):
+            self.append({"step": step} | values)
+
+    recorder = Recorder()
+    monkeypatch.setitem(sys.modules, "wandb", recorder)
+    assert command("train.py", *TINY, "--wandb")[0] == 0
+    for line in recorder:
+        line.pop("tokens_per_second", None)
+    assert recorder == metrics()
+
+
+def test_nanogpt_data_is_read_as_gpt2_ids(command, folder):
+    (folder / "data/old").mkdir(parents=True)
+    ids = np.random.default_rng(0).integers(50257, size=500).astype(np.uint16)
+    ids.tofile("data/old/train.bin")
+    ids[:100].tofile("data/old/val.bin")
+    code, out, _ = command("train.py", *TINY, "--dataset=old", "--max_iters=1")
+    ckpt = torch.load("out/model.ckpt", weights_only=True)
+    assert code == 0 and ckpt["tokenizer"] == "gpt2" and ckpt["model_args"]["vocab_size"] == 50257
+
+
+def test_help_reads_every_setting_without_data(shell):
+    code, out, _ = shell("train.py", "--help")
+    assert code == 0
+    for field in train.TrainConfig.__dataclass_fields__:
+        line = next(line for line in out.splitlines() if line.startswith(f"  --{field} "))
+        assert len(line.split()) > 4, line
