@@ -34,6 +34,7 @@ class GPTConfig:
     bias: bool = True  # biases in Linear and LayerNorm
     qkv_bias: bool = True  # biases of queries, keys and values too (the book: no)
     tie_weights: bool = True  # output head and token embedding are one matrix (the book: no)
+    embedding_std: float = 0.02  # spread of the initial embeddings (PyTorch's own, the book's: 1)
 
     def __post_init__(self):
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
@@ -41,6 +42,8 @@ class GPTConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        if not 0 <= self.embedding_std < math.inf:
+            raise ValueError(f"embedding_std is {self.embedding_std}; it must be at least 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
@@ -116,6 +119,8 @@ class GPT(nn.Module):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self._tie_weights()
         self.apply(self._init_weights)
+        for embedding in (self.transformer.wte, self.transformer.wpe):
+            nn.init.normal_(embedding.weight, std=config.embedding_std)
 
     def _tie_weights(self):
         if self.config.tie_weights:  # Press & Wolf 2017, "Using the Output Embedding"
@@ -123,7 +128,7 @@ class GPT(nn.Module):
 
     def _init_weights(self, module: nn.Module):
         """GPT-2's: std 0.02, and less where 2 n_layer branches add up in the residual stream."""
-        if isinstance(module, (nn.Linear, nn.Embedding)):
+        if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)

@@ -39,6 +39,7 @@ class TrainConfig(GPTConfig):
     dataset: str = "verdict"  # folder under data/ that prepare.py made
     batch_size: int = 8  # sequences per update
     micro_batch_size: int | None = None  # sequences per forward pass; none: batch_size
+    shift_windows: bool = True  # cut the text elsewhere in every epoch (the book: no)
     seed: int = 1337  # weights, order of the data and dropout follow from it
     # Updates
     max_iters: int = 1000  # updates in all
@@ -65,21 +66,23 @@ class TrainConfig(GPTConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
 
     def __post_init__(self):
-        if self.vocab_size is not None:
-            super().__post_init__()
+        GPTConfig(**self.model_args() | ({} if self.vocab_size is not None else {"vocab_size": 1}))
         if self.micro_batch_size is None:
             self.micro_batch_size = self.batch_size
-        least = dict.fromkeys(("batch_size", "micro_batch_size", "max_iters"), 1)
-        least |= dict.fromkeys(("log_interval", "eval_interval", "eval_iters"), 1)
-        least |= dict.fromkeys(("checkpoint_interval",), 1)
-        least |= dict.fromkeys(("seed", "warmup_iters", "learning_rate", "initial_lr"), 0)
-        least |= dict.fromkeys(("min_lr", "weight_decay", "grad_clip", "beta1", "beta2"), 0)
-        for name, bound in least.items():
-            if not bound <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {bound}")
+        at_least_1 = "batch_size micro_batch_size max_iters log_interval eval_interval eval_iters "
+        at_least_1 += "checkpoint_interval"
+        at_least_0 = "seed warmup_iters learning_rate initial_lr min_lr weight_decay grad_clip"
+        for least, names in ((1, at_least_1), (0, at_least_0)):
+            for name in names.split():
+                if not least <= getattr(self, name) < math.inf:
+                    raise ValueError(f"{name} is {getattr(self, name)}; the least is {least}")
         for name in ("beta1", "beta2"):
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be below 1")
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+
+    def model_args(self) -> dict:
+        """The fields of GPTConfig among the settings."""
+        return {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
 
 
 def load_dataset(config: TrainConfig) -> tuple[dict[str, np.memmap], dict]:
@@ -136,20 +139,26 @@ def permute(index: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def get_batch(
-    split: np.ndarray, step: int, *, batch_size: int, context_length: int, seed: int
+    split: np.ndarray,
+    step: int,
+    *,
+    batch_size: int,
+    context_length: int,
+    seed: int,
+    shift_windows: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, each (batch_size, context_length) int64, of update number `step`.
 
     A function of its arguments alone. The stream `split` (L,) is closed to a ring and cut into
-    windows from an offset that is new in every epoch; an epoch visits each window once, in
-    shuffled order.
+    windows from an offset that is new in every epoch (0 without `shift_windows`); an epoch visits
+    each window once, in shuffled order.
     """
     windows = (len(split) - 1) // context_length  # in an epoch
     epoch, place = np.divmod(step * batch_size + np.arange(batch_size), windows)
     starts = np.empty(batch_size, dtype=np.int64)
     for e in np.unique(epoch):
         rng = np.random.default_rng([seed, e])
-        offset = rng.integers(len(split)) if e else 0
+        offset = rng.integers(len(split)) if shift_windows else 0
         starts[epoch == e] = offset + context_length * permute(place[epoch == e], windows, rng)
     positions = starts[:, None] + np.arange(context_length + 1)  # (B, T + 1)
     tokens = torch.from_numpy(split[positions % len(split)].astype(np.int64))
@@ -276,8 +285,8 @@ def load_model(config: TrainConfig) -> GPT | None:
     path = f"{config.out_dir}/model.ckpt" if resume else config.init_from
     with settings.user_errors():
         gpt = GPT.from_checkpoint(path, dropout=config.dropout)
-    for field in fields(GPTConfig):
-        setattr(config, field.name, getattr(gpt.config, field.name))
+    for name, value in asdict(gpt.config).items():
+        setattr(config, name, value)
     if resume and gpt.checkpoint["step"] >= config.max_iters:
         raise UserError(
             f"{path} has its {gpt.checkpoint['step']:,} updates; raise --max_iters to go on"
@@ -336,7 +345,7 @@ def main(argv: list[str]):
     if gpt is None:
         config.vocab_size = config.vocab_size or meta["vocab_size"]
         torch.manual_seed(config.seed)
-        gpt = GPT(GPTConfig(**{x.name: getattr(config, x.name) for x in fields(GPTConfig)}))
+        gpt = GPT(GPTConfig(**config.model_args()))
     gpt.to(device).train()
     optimizer = torch.optim.AdamW(
         gpt.optimizer_groups(config.weight_decay),
@@ -426,6 +435,7 @@ def main(argv: list[str]):
             batch_size=config.batch_size,
             context_length=config.context_length,
             seed=config.seed,
+            shift_windows=config.shift_windows,
         )
         loss, norm = update(gpt, optimizer, scaler, autocast, batch, config, step)
         step += 1

@@ -1,5 +1,6 @@
 """What the tests share: the scripts, run as a user runs them, in an empty folder."""
 
+import os
 import random
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+# The models here are so small that a second thread costs more than it gives.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import config  # noqa: E402
 

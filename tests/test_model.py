@@ -132,6 +132,15 @@ def test_initialisation():
             assert p.std().item() == pytest.approx(std, rel=0.1), name
 
 
+@pytest.mark.parametrize("tie_weights", [True, False])
+def test_embedding_std(tie_weights):
+    state = small(n_embd=128, embedding_std=1.0, tie_weights=tie_weights).state_dict()
+    stds = {"transformer.wte.weight": 1, "transformer.wpe.weight": 1}
+    stds["lm_head.weight"] = 1 if tie_weights else 0.02
+    for name, std in stds.items():
+        assert state[name].std().item() == pytest.approx(std, rel=0.1)
+
+
 def test_no_position_sees_a_later_one():
     gpt, idx = small(), torch.randint(50, (1, 8))
     before = gpt(idx)

@@ -58,3 +58,23 @@ def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
     monkeypatch.setattr(prepare, "token_bytes", lambda tokenizer, id: next(pieces))
     _, out, _ = command("sample.py", "--start=a", "--max_new_tokens=6")
     assert out == "a\u20acx\ufffd\n"
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--ckpt=none.ckpt"], "there is no checkpoint none.ckpt"),
+        (["--ckpt=words.txt"], "words.txt is not a checkpoint"),
+        (["--start="], "the prompt is empty"),
+        (["--start=FILE:none.txt"], "cannot read none.txt"),
+        (["--num_samples=0"], "num_samples is 0"),
+        (["--max_new_tokens=-5"], "max_new_tokens is -5"),
+        (["--temperature=-1"], "temperature is -1.0"),
+        (["--top_k=0"], "top_k is 0; it must be at least 1, or none"),
+        (["--device=nowhere"], "--device nowhere cannot be used here"),
+        (["--temprature=1"], "did you mean temperature?"),
+    ],
+)
+def test_refused(command, trained, argv, message):
+    code, out, err = command("sample.py", *argv)
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err

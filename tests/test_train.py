@@ -76,6 +76,17 @@ def test_an_epoch_visits_every_window_once(tokens, batch_size, T, seed):
     assert rows[batch_size : 2 * batch_size] == again.tolist()[: len(rows) - batch_size]
 
 
+def test_fixed_windows_are_the_books():
+    stream, rows = np.arange(4612, dtype=np.uint16), []
+    for step in range(18):
+        x, _ = train.get_batch(
+            stream, step, batch_size=2, context_length=256, seed=1, shift_windows=False
+        )
+        rows += x[:, 0].tolist()
+    assert sorted(rows[:18]) == sorted(rows[18:]) == list(range(0, 18 * 256, 256))
+    assert rows[:18] != rows[18:]
+
+
 def test_seeds_and_epochs_differ():
     stream = np.arange(1000, dtype=np.uint16)
 
@@ -276,6 +287,37 @@ def test_nanogpt_data_is_read_as_gpt2_ids(command, folder):
     code, out, _ = command("train.py", *TINY, "--dataset=old", "--max_iters=1")
     ckpt = torch.load("out/model.ckpt", weights_only=True)
     assert code == 0 and ckpt["tokenizer"] == "gpt2" and ckpt["model_args"]["vocab_size"] == 50257
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--dataset=none_such"], "make it with: python prepare.py FILE --dataset none_such"),
+        (["--context_length=99999"], "too few for context_length 99,999: take --context_length"),
+        (["--vocab_size=50"], "outside the vocabulary of 50"),
+        (["--n_embd=15"], "n_embd (15) must be a multiple of n_head (2)"),
+        (["--n_layer=0"], "n_layer is 0; it must be at least 1"),
+        (["--batch_size=-1"], "batch_size is -1; the least is 1"),
+        (["--micro_batch_size=0"], "micro_batch_size is 0; the least is 1"),
+        (["--learning_rate=-1"], "learning_rate is -1.0; the least is 0"),
+        (["--learning_rate=1e999"], "learning_rate is inf; the least is 0"),
+        (["--beta2=1"], "beta2 is 1.0; it must be in [0, 1)"),
+        (["--dropout=1.5"], "dropout is 1.5"),
+        (["--n_layers=3"], "there is no setting 'n_layers'; did you mean n_layer?"),
+        (["--max_iters=many"], "--max_iters is 'many'; it must be int"),
+        (["--dtype=int8"], "must be auto or float32 or bfloat16 or float16"),
+        (["--device=cuda:99"], "--device cuda:99 cannot be used here"),
+        (["--device=tpu"], "--device tpu cannot be used here"),
+        (["--init_from=resume"], "there is no checkpoint out/model.ckpt; train.py makes one"),
+        (["--init_from=words.txt"], "words.txt is not a checkpoint"),
+        (["config/none.py"], "cannot read config file config/none.py: No such file"),
+        (["words.txt"], "words.txt, line 1"),
+    ],
+)
+def test_refused(command, dataset, folder, argv, message):
+    code, out, err = command("train.py", *TINY, *argv)
+    assert code == 2 and out == "" and err.count("\n") == 1 and message in err
+    assert not (folder / "out").exists()
 
 
 def test_help_reads_every_setting_without_data(shell):
