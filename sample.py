@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-import config as settings
 import prepare
-from config import UserError
+from config import UserError, parse, run, user_errors
 from model import GPT, choose_device
 
 
@@ -52,8 +51,8 @@ def read_prompt(start: str | None) -> str:
 
 
 def main(argv: list[str]):
-    config = settings.parse(SampleConfig, argv)
-    with settings.user_errors():
+    config = parse(SampleConfig, argv)
+    with user_errors():
         device, _ = choose_device(config.device)
         gpt = GPT.from_checkpoint(config.ckpt).to(device).eval()
     tokenizer = prepare.get_tokenizer(gpt.checkpoint["tokenizer"])
@@ -79,4 +78,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    run(main)

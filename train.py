@@ -11,6 +11,7 @@ resuming needs, out/metrics.jsonl, a line for every report, and out/loss.png, a 
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -24,9 +25,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import numpy as np
 import torch
 
-import config as settings
 import prepare
-from config import UserError
+from config import UserError, parse, run, user_errors
 from model import GPT, GPTConfig, choose_device
 
 
@@ -52,11 +52,13 @@ class TrainConfig(GPTConfig):
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # and of its square
     grad_clip: float = 1.0  # longest gradient, as a norm over all parameters; 0: any length
+    max_skipped: int = 10  # updates in a row whose loss is not finite before training stops
     # Reports
     log_interval: int = 10  # updates between log lines
     eval_interval: int = 100  # updates between evaluations
     eval_iters: int = 20  # batches of each split that an evaluation looks at
     checkpoint_interval: int = 500  # updates between checkpoints
+    save_best: bool = False  # keep the weights of the best validation loss in best.ckpt, too
     sample_prompt: str = "Every effort moves you"  # continued at evaluations; empty: no samples
     out_dir: str = "out"  # where model.ckpt, metrics.jsonl and loss.png go
     wandb: bool = False  # log to Weights & Biases, too
@@ -70,7 +72,7 @@ class TrainConfig(GPTConfig):
         if self.micro_batch_size is None:
             self.micro_batch_size = self.batch_size
         at_least_1 = "batch_size micro_batch_size max_iters log_interval eval_interval eval_iters "
-        at_least_1 += "checkpoint_interval"
+        at_least_1 += "checkpoint_interval max_skipped"
         at_least_0 = "seed warmup_iters learning_rate initial_lr min_lr weight_decay grad_clip"
         for least, names in ((1, at_least_1), (0, at_least_0)):
             for name in names.split():
@@ -85,32 +87,22 @@ class TrainConfig(GPTConfig):
         return {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
 
 
-def load_dataset(config: TrainConfig) -> tuple[dict[str, np.memmap], dict]:
-    """The token ids of both splits, mapped from disk, and what meta.json says of them."""
-    folder = Path("data") / config.dataset
-    meta = dict(tokenizer="gpt2", vocab_size=50257, dtype="uint16", source="no meta.json")
-    if not (folder / "train.bin").exists():
-        command = f"python prepare.py{'' if config.dataset == 'verdict' else ' FILE'}"
-        command += "" if config.dataset == "verdict" else f" --dataset {config.dataset}"
-        raise UserError(f"there is no dataset {folder.as_posix()}; make it with: {command}")
-    if (folder / "meta.json").exists():
-        meta = json.loads((folder / "meta.json").read_text())
-    splits = {}
-    for split in ("train", "val"):
-        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        splits[split] = np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r")
-        if len(splits[split]) <= config.context_length:
+def open_dataset(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict]:
+    """The dataset of a run, if it is one that its model can be trained on."""
+    splits, meta = prepare.load_dataset(config.dataset)
+    vocab_size = meta["vocab_size"] if config.vocab_size is None else config.vocab_size
+    for split, ids in splits.items():
+        name, tokens = f"data/{config.dataset}/{split}.bin", len(ids)
+        if tokens <= config.context_length:
             raise UserError(
-                f"{folder.as_posix()}/{split}.bin has {len(splits[split]):,} tokens, too few for "
-                f"context_length {config.context_length:,}: take --context_length "
-                f"{len(splits[split]) - 1} or less, or prepare more text"
+                f"{name} has {tokens:,} tokens, too few for context_length "
+                f"{config.context_length:,}: take --context_length {tokens - 1} or less, or "
+                "prepare more text"
             )
-        largest = int(splits[split].max())
-        vocab_size = config.vocab_size or meta["vocab_size"]
+        largest = max(int(block.max()) for block in prepare.sample_blocks(ids))
         if largest >= vocab_size:
             raise UserError(
-                f"{folder.as_posix()}/{split}.bin holds token id {largest:,}, outside the "
-                f"vocabulary of {vocab_size:,}"
+                f"{name} holds token id {largest:,}, outside the vocabulary of {vocab_size:,}"
             )
     return splits, meta
 
@@ -205,21 +197,21 @@ def estimate_loss(model, splits, config, device, autocast) -> dict[str, float]:
     return losses
 
 
-def save_checkpoint(path: Path, model, optimizer, config, tokenizer, step, best_val_loss):
-    """Write `path` whole or not at all; DESIGN of the file: see `GPT.from_checkpoint`."""
-    with prepare.replacing(path) as file:
-        torch.save(
-            dict(
-                model=model.state_dict(),
-                model_args=asdict(model.config),
-                config=asdict(config),
-                tokenizer=tokenizer,
-                step=step,
-                best_val_loss=best_val_loss,
-                optimizer=optimizer.state_dict(),
-            ),
-            file,
-        )
+def save_checkpoint(path: Path, contents: dict) -> bool:
+    """Write `path` whole or not at all, and say so; a full disk must not end the training."""
+    started = time.perf_counter()
+    try:
+        with prepare.replacing(path) as file:
+            torch.save(contents, file)
+    except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
+        reason = str(error.__context__ or error).splitlines()[0]
+        print(f"{path.as_posix()} NOT SAVED, what was there is as it was: {reason}")
+        return False
+    print(
+        f"{path.as_posix()} saved: step {contents['step']:,}, {path.stat().st_size / 1e6:,.1f} MB "
+        f"in {time.perf_counter() - started:.1f} s"
+    )
+    return True
 
 
 def plot(out_dir: Path, config: TrainConfig):
@@ -281,16 +273,29 @@ def load_model(config: TrainConfig) -> GPT | None:
     """The model that `init_from` names, and `config` made to say its shape; None for scratch."""
     if config.init_from == "scratch":
         return None
-    resume = config.init_from == "resume"
-    path = f"{config.out_dir}/model.ckpt" if resume else config.init_from
-    with settings.user_errors():
-        gpt = GPT.from_checkpoint(path, dropout=config.dropout)
+    if config.init_from != "resume":
+        with user_errors():
+            gpt = GPT.from_checkpoint(config.init_from, dropout=config.dropout)
+    else:
+        path = f"{config.out_dir}/model.ckpt"
+        with user_errors():
+            gpt = GPT.from_checkpoint(path, dropout=config.dropout)
+        saved = gpt.checkpoint
+        if not isinstance(saved.get("optimizer"), dict) or "dataset" not in saved:
+            raise UserError(f"{path} has no optimizer state to resume with: use --init_from {path}")
+        old, new = saved["config"], asdict(config)
+        changed = {x: (old[x], new[x]) for x in new if x in old and old[x] != new[x]}
+        shape = [x for x in changed if x in config.model_args() and x != "dropout"]
+        shape = [x for x in shape if changed[x] != (gpt.config.vocab_size, None)]
+        if shape:
+            listed = ", ".join(f"{x} ({changed[x][0]} there, {changed[x][1]} here)" for x in shape)
+            raise UserError(f"{path} is of another model: {listed}")
+        if saved["step"] >= config.max_iters:
+            raise UserError(f"{path} has its {saved['step']:,} updates; raise --max_iters to go on")
+        for x in changed.keys() - {"init_from", "vocab_size"}:
+            print(f"changed since the checkpoint: {x} was {changed[x][0]}, is {changed[x][1]}")
     for name, value in asdict(gpt.config).items():
         setattr(config, name, value)
-    if resume and gpt.checkpoint["step"] >= config.max_iters:
-        raise UserError(
-            f"{path} has its {gpt.checkpoint['step']:,} updates; raise --max_iters to go on"
-        )
     return gpt
 
 
@@ -308,14 +313,37 @@ def open_metrics(path: Path, step: int):
     elif path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         with prepare.replacing(path) as file:
-            file.writelines(x.encode() for x in lines if json.loads(x)["step"] <= step)
-    return open(path, "a", encoding="utf-8", buffering=1)  # a line reaches the disk as it comes
+            for line in lines:
+                if line.endswith("}\n") and json.loads(line)["step"] <= step:  # not torn, not later
+                    file.write(line.encode())
+    return open(path, "a", encoding="utf-8", buffering=1)  # a line is written as it comes
+
+
+class Stop:
+    """Waits for Ctrl-C or SIGTERM: the first is kept in `signal`, a second ends the program."""
+
+    def __enter__(self):
+        self.signal = None
+        self.before = {
+            number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def handle(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        os.write(1, b"stopping after this update; a second time stops at once\n")  # print may not
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def update(gpt, optimizer, scaler, autocast, batch, config, step):
     """One step of gradient descent on `batch` (inputs, targets); its loss and gradient norm.
 
-    The batch goes through in micro batches, whose gradients add up to those of the whole.
+    The batch goes through in micro batches, whose gradients add up to those of the whole. Where
+    loss or norm is not finite, weights and optimizer stay as they are.
     """
     device = gpt.lm_head.weight.device
     batch_loss = 0.0
@@ -329,6 +357,8 @@ def update(gpt, optimizer, scaler, autocast, batch, config, step):
         batch_loss += loss.detach()
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.grad_clip or math.inf)
+    # Fused optimizers do nothing where this is 1, and nobody has to wait for the device to know.
+    optimizer.found_inf = (~(batch_loss + norm).isfinite()).float()
     scaler.step(optimizer)  # update
     scaler.update()
     optimizer.zero_grad()
@@ -336,31 +366,37 @@ def update(gpt, optimizer, scaler, autocast, batch, config, step):
 
 
 def main(argv: list[str]):
-    config = settings.parse(TrainConfig, argv)
+    config = parse(TrainConfig, argv)
     gpt = load_model(config)
-    splits, meta = load_dataset(config)
-    with settings.user_errors():
+    splits, meta = open_dataset(config)
+    dataset = prepare.fingerprint(splits["train"])
+    with user_errors():
         device, dtype = choose_device(config.device, config.dtype)
     tokenizer = prepare.get_tokenizer(meta["tokenizer"]) if config.sample_prompt else None
     if gpt is None:
-        config.vocab_size = config.vocab_size or meta["vocab_size"]
+        config.vocab_size = meta["vocab_size"] if config.vocab_size is None else config.vocab_size
         torch.manual_seed(config.seed)
         gpt = GPT(GPTConfig(**config.model_args()))
     gpt.to(device).train()
-    optimizer = torch.optim.AdamW(
-        gpt.optimizer_groups(config.weight_decay),
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
-    step, best_val_loss = 0, math.inf
-    if config.init_from == "resume":
-        step, best_val_loss = gpt.checkpoint["step"], gpt.checkpoint["best_val_loss"]
-        optimizer.load_state_dict(gpt.checkpoint["optimizer"])
-    gpt.checkpoint = None
+    betas = (config.beta1, config.beta2)
+    groups = gpt.optimizer_groups(config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
     mixed = dtype != torch.float32
     autocast = torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    step, best_val_loss, saved = 0, math.inf, gpt.checkpoint
+    if config.init_from == "resume":
+        if saved["dataset"] != dataset:
+            raise UserError(
+                f"data/{config.dataset} is not what {config.out_dir}/model.ckpt was trained on"
+            )
+        with user_errors():
+            optimizer.load_state_dict(saved["optimizer"])
+        for group, new in zip(optimizer.param_groups, groups):  # settings are those of this run
+            group.update(betas=betas, weight_decay=new["weight_decay"])
+        scaler.load_state_dict(saved["scaler"])
+        step, best_val_loss = saved["step"], saved["best_val_loss"]
+    gpt.checkpoint = saved = None
 
     tokens_per_update = config.batch_size * config.context_length
     epochs = config.max_iters * tokens_per_update / len(splits["train"])
@@ -374,19 +410,24 @@ def main(argv: list[str]):
         f"run     {config.max_iters:,} updates of {tokens_per_update:,} tokens, {epochs:.3g} epochs"
     )
     out_dir = Path(config.out_dir)
-    with settings.user_errors():
+    wandb = start_wandb(config) if config.wandb else None
+    with user_errors():
         out_dir.mkdir(parents=True, exist_ok=True)
         metrics = open_metrics(out_dir / "metrics.jsonl", step)
-    wandb = start_wandb(config) if config.wandb else None
     started = time.perf_counter()
+    width = len(str(config.max_iters))
+    first_save = config.init_from != "resume"
+    skipped = torch.zeros(2, device=device)  # updates since the last log line, and in a row
 
     def record(**values):
-        line = dict(step=step, seconds=round(time.perf_counter() - started, 3)) | values
+        values = {x: value if math.isfinite(value) else None for x, value in values.items()}
+        line = {"step": step, "seconds": round(time.perf_counter() - started, 3)} | values
         metrics.write(json.dumps(line) + "\n")
         if wandb is not None:
             wandb.log(values, step=step)
 
-    def evaluate() -> float:
+    def evaluate():
+        nonlocal best_val_loss
         losses = estimate_loss(gpt, splits, config, device, autocast)
         train_loss, val_loss = losses["train"], losses["val"]
         perplexity = math.exp(min(val_loss, 700))
@@ -400,71 +441,89 @@ def main(argv: list[str]):
             with autocast:
                 idx = gpt.generate(torch.tensor([prompt], device=device), 40, temperature=0)
             print("      " + " ".join(prepare.decode(tokenizer, idx[0].tolist()).split()))
-        return val_loss
+        if val_loss < best_val_loss:
+            best_val_loss = val_loss
+            if config.save_best and step > 0:
+                save_checkpoint(out_dir / "best.ckpt", contents())
 
-    def save():
-        nonlocal fresh
-        if fresh:
+    def contents() -> dict:
+        return {
+            "model": gpt.state_dict(),
+            "model_args": asdict(gpt.config),
+            "config": asdict(config),
+            "tokenizer": meta["tokenizer"],
+            "step": step,
+            "best_val_loss": best_val_loss,
+        }
+
+    def save() -> bool:
+        nonlocal first_save
+        if first_save:
             keep_old(out_dir / "model.ckpt")
-            fresh = False
-        save_checkpoint(
-            out_dir / "model.ckpt", gpt, optimizer, config, meta["tokenizer"], step, best_val_loss
-        )
+            first_save = False
+        os.fsync(metrics.fileno())  # a checkpoint never knows more than metrics.jsonl
+        more = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        return save_checkpoint(out_dir / "model.ckpt", contents() | more | {"dataset": dataset})
 
-    stop = []  # the signal that asked for an end, if one did
-
-    def on_signal(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the program at once
-        print("stopping after this update; once more stops at once")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-
-    fresh, width = config.init_from != "resume", len(str(config.max_iters))
-    if step == 0:
-        best_val_loss = evaluate()
-    logged_step, logged_at = step, time.perf_counter()
-    while step < config.max_iters and not stop:
-        lr = get_lr(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batch = get_batch(
-            splits["train"],
-            step,
-            batch_size=config.batch_size,
-            context_length=config.context_length,
-            seed=config.seed,
-            shift_windows=config.shift_windows,
-        )
-        loss, norm = update(gpt, optimizer, scaler, autocast, batch, config, step)
-        step += 1
-
-        if step % config.log_interval == 0:
-            loss, norm = float(loss), float(norm)  # waits for the device
-            now = time.perf_counter()
-            rate = (step - logged_step) * tokens_per_update / (now - logged_at)
-            left = (config.max_iters - step) * tokens_per_update / rate
-            logged_step, logged_at = step, now
-            record(loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
-            print(
-                f"step {step:>{width}}  loss {loss:.4f}  lr {lr:.2e}  gradient norm {norm:.2f}  "
-                f"{rate:,.0f} tokens/s  {duration(left)} left"
+    with Stop() as stop:
+        if step == 0:
+            evaluate()
+        logged_step, logged_at = step, time.perf_counter()
+        while step < config.max_iters and not stop.signal:
+            lr = get_lr(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = get_batch(
+                splits["train"],
+                step,
+                batch_size=config.batch_size,
+                context_length=config.context_length,
+                seed=config.seed,
+                shift_windows=config.shift_windows,
             )
-        paused = time.perf_counter()
-        if step % config.eval_interval == 0 or step == config.max_iters:
-            best_val_loss = min(best_val_loss, evaluate())
-        if step % config.checkpoint_interval == 0 and step < config.max_iters:
-            save()
-        logged_at += time.perf_counter() - paused  # tokens per second are those of training
+            loss, norm = update(gpt, optimizer, scaler, autocast, batch, config, step)
+            step += 1
+            skipped = (skipped + optimizer.found_inf) * torch.stack(
+                (torch.ones_like(norm), optimizer.found_inf)
+            )
 
-    save()
+            if step % config.log_interval == 0:
+                loss, norm = float(loss), float(norm)  # waits for the device
+                now = time.perf_counter()
+                rate = (step - logged_step) * tokens_per_update / (now - logged_at)
+                left = (config.max_iters - step) * tokens_per_update / rate
+                logged_step, logged_at = step, now
+                record(loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
+                print(
+                    f"step {step:>{width}}  loss {loss:.4f}  lr {lr:.2e}  gradient norm {norm:.2f}"
+                    f"  {rate:,.0f} tokens/s  {duration(left)} left"
+                )
+                since, in_a_row = skipped.tolist()
+                if since:
+                    print(f"{since:.0f} updates skipped: their loss or gradient is not finite")
+                if in_a_row >= config.max_skipped:
+                    raise SystemExit(
+                        f"stopped: {in_a_row:.0f} updates in a row had no finite loss or gradient; "
+                        f"{out_dir}/model.ckpt, if there is one, is sound; lower --learning_rate"
+                    )
+                skipped[0] = 0
+            paused = time.perf_counter()
+            if step % config.eval_interval == 0 or step == config.max_iters:
+                evaluate()
+            if step % config.checkpoint_interval == 0 and step < config.max_iters:
+                save()
+            logged_at += time.perf_counter() - paused  # tokens per second are those of training
+
+        saved = save()
+        plot(out_dir, config)
     metrics.close()
-    plot(out_dir, config)
-    print(f"{step:,} updates in {duration(time.perf_counter() - started)}; {out_dir}/model.ckpt")
-    if stop:
-        print(f"to go on: python train.py {' '.join(argv)} --init_from resume")
-        sys.exit(128 + stop[0])
+    print(f"{step:,} updates in {duration(time.perf_counter() - started)}")
+    if stop.signal:
+        resume = "" if config.init_from == "resume" else " --init_from resume"
+        print(f"to go on: python train.py {shlex.join(argv)}{resume}")
+        sys.exit(128 + stop.signal)
+    if not saved:
+        sys.exit(1)
 
 
 def start_wandb(config: TrainConfig):
@@ -477,4 +536,4 @@ def start_wandb(config: TrainConfig):
 
 
 if __name__ == "__main__":
-    settings.run(main)
+    run(main)
