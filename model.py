@@ -210,13 +210,13 @@ class GPT(nn.Module):
         args = dict(checkpoint["model_args"])
         if "block_size" in args:  # nanoGPT's name; its bias is for everything
             args["context_length"] = args.pop("block_size")
-        state = {
-            name.removeprefix("_orig_mod.").removeprefix("module."): tensor
-            for name, tensor in checkpoint.pop("model").items()
-            if not name.endswith(".attn.bias")  # a causal mask of old
-        }
         try:
             config = GPTConfig(**args | changes)
+            state = {
+                name.removeprefix("_orig_mod.").removeprefix("module."): tensor
+                for name, tensor in checkpoint.pop("model").items()
+                if not name.endswith(".attn.bias")  # a causal mask of old
+            }
             layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
             if len(layers) != config.n_layer:  # before a hostile n_layer builds for hours
                 raise ValueError(f"tensors of {len(layers)} layers, n_layer {config.n_layer}")

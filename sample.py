@@ -55,7 +55,7 @@ def main(argv: list[str]):
     with user_errors():
         device, _ = choose_device(config.device)
         gpt = GPT.from_checkpoint(config.ckpt).to(device).eval()
-    tokenizer = prepare.get_tokenizer(gpt.checkpoint["tokenizer"])
+    tokenizer = prepare.get_tokenizer(gpt.checkpoint.get("tokenizer", "gpt2"))
     prompt = read_prompt(config.start)
     ids = tokenizer.encode(prompt, allowed_special={prepare.ENDOFTEXT}, disallowed_special=())
     if not ids:

@@ -299,6 +299,25 @@ def load_model(config: TrainConfig) -> GPT | None:
     return gpt
 
 
+def check_memory(config: TrainConfig, device: torch.device):
+    """Refuse a model that cannot fit: weight, gradient and two moments are 16 bytes a parameter."""
+    C = config.n_embd
+    parameters = C * (config.vocab_size + config.context_length + 12 * config.n_layer * C)
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    else:
+        memory = (
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            if hasattr(os, "sysconf")
+            else 1e12
+        )
+    if 16 * parameters > memory:
+        raise UserError(
+            f"a model of {parameters:,} parameters takes {16 * parameters / 1e9:,.0f} GB to train; "
+            f"here are {memory / 1e9:,.0f} GB"
+        )
+
+
 def keep_old(path: Path):
     """What an earlier run left at `path` stays, as `path`.bak."""
     if path.exists():
@@ -375,6 +394,7 @@ def main(argv: list[str]):
     tokenizer = prepare.get_tokenizer(meta["tokenizer"]) if config.sample_prompt else None
     if gpt is None:
         config.vocab_size = meta["vocab_size"] if config.vocab_size is None else config.vocab_size
+        check_memory(config, device)
         torch.manual_seed(config.seed)
         gpt = GPT(GPTConfig(**config.model_args()))
     gpt.to(device).train()

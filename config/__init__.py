@@ -37,6 +37,10 @@ def run(main):
     except UserError as error:
         print(f"{sys.argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error) and not isinstance(error, MemoryError):
+            raise
+        sys.exit(f"{sys.argv[0]}: out of memory: a smaller batch, context or model takes less")
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as shells report it
 

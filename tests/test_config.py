@@ -2,6 +2,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis
+from hypothesis import strategies as st
 
 import config
 
@@ -129,3 +132,38 @@ def test_help_lists_every_setting(capsys):
     ):
         assert line in out
     assert "--kind round or square" in out and "--loud  " in out
+
+
+WORD = st.one_of(
+    st.text(),
+    st.sampled_from(["--n_layer", "--rate", "--loud", "--kind", "--name=", "--top_k", "-", "--"]),
+    st.tuples(st.sampled_from(["--n_layer=", "--rate=", "--top_k=", "--loud="]), st.text()).map(
+        "".join
+    ),
+)
+
+
+@hypothesis(max_examples=300, deadline=None)
+@given(st.lists(WORD, max_size=6))
+def test_any_command_line_gives_settings_or_one_error(words):
+    if {"-h", "--help"} & set(words):
+        return
+    try:
+        assert isinstance(config.parse(Settings, words), Settings)
+    except config.UserError:
+        pass
+
+
+@hypothesis(max_examples=200, deadline=None)
+@given(
+    st.one_of(
+        st.binary(), st.text().map(str.encode), st.text("n_layer=1234 .'\n()[]-").map(str.encode)
+    )
+)
+def test_any_file_gives_settings_or_one_error(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("fuzz") / "c.py"
+    path.write_bytes(data)
+    try:
+        assert isinstance(config.parse(Settings, [str(path)]), Settings)
+    except config.UserError:
+        pass

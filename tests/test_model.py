@@ -1,4 +1,7 @@
+import io
 import math
+import os
+import pickle
 
 import pytest
 import torch
@@ -224,3 +227,77 @@ def test_any_small_shape_works(n_layer, n_head, bias, qkv_bias, tie_weights):
 def test_impossible_shapes(changes, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**changes)
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(**changes) -> bytes:
+    gpt, file = small(), io.BytesIO()
+    contents = {"model": gpt.state_dict(), "model_args": SMALL, "tokenizer": "gpt2", "step": 3}
+    torch.save(contents | changes, file)
+    return file.getvalue()
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("malice",)
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "not a checkpoint but some other file"),
+        (b"Once upon a time", "not a checkpoint but some other file"),
+        (pickle.dumps(Malice()), "not a checkpoint but some other file"),
+        (checkpoint_bytes()[:1000], "is truncated: its end is missing"),
+        (checkpoint_bytes()[:-1], "is truncated: its end is missing"),
+        (checkpoint_bytes(step=Malice()), "asks for code to be run, which is refused"),
+        (checkpoint_bytes(model=3), "is foreign: it does not hold 'model'"),
+        (checkpoint_bytes(model_args=None), "is foreign: it does not hold 'model_args'"),
+        (checkpoint_bytes(model_args=SMALL | {"n_embd": 32}), "do not fit its model_args: size"),
+        (checkpoint_bytes(model_args=SMALL | {"n_layer": 10**9}), "tensors of 2 layers"),
+        (checkpoint_bytes(model_args=SMALL | {"n_layer": "2"}), "do not fit its model_args"),
+        (checkpoint_bytes(model_args=SMALL | {"n_head": 5}), "must be a multiple of n_head"),
+        (checkpoint_bytes(model_args=SMALL | {"depth": 5}), "depth"),
+        (checkpoint_bytes(model={}), "tensors of 0 layers"),
+        (checkpoint_bytes(model={"transformer.h.0": 3, "transformer.h.1": 3}), "do not fit"),
+        (checkpoint_bytes(model={3: torch.ones(2)}), "do not fit"),
+    ],
+)
+def test_checkpoints_from_strangers(tmp_path, monkeypatch, data, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.ckpt").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        GPT.from_checkpoint("x.ckpt")
+    assert not (tmp_path / "malice").exists()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_a_damaged_checkpoint_never_loads_as_another_model(tmp_path_factory, data):
+    whole = checkpoint_bytes()
+    damaged = bytearray(whole)
+    bit = data.draw(st.integers(0, 8 * len(whole) - 1))
+    damaged[bit // 8] ^= 1 << bit % 8
+    path = tmp_path_factory.mktemp("x") / "x.ckpt"
+    path.write_bytes(damaged[: data.draw(st.sampled_from([len(whole), bit // 8]))])
+    try:
+        state = GPT.from_checkpoint(path).state_dict()
+        assert all(torch.equal(state[name], x) for name, x in small().state_dict().items())
+    except ValueError:
+        pass
+
+
+def test_nanogpts_checkpoint_loads(tmp_path):
+    """Written by `torch.compile`d code of another name for context_length, with a tied head."""
+    gpt = small()
+    state = {f"_orig_mod.{name}": tensor for name, tensor in gpt.state_dict().items()}
+    state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
+    args = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, bias=True, vocab_size=50, dropout=0.0)
+    contents = dict(model=state, model_args=args, iter_num=7, best_val_loss=torch.tensor(3.0))
+    torch.save(contents | {"config": {"dataset": "x"}, "optimizer": {}}, tmp_path / "ckpt.pt")
+    loaded, idx = GPT.from_checkpoint(tmp_path / "ckpt.pt", dropout=0.1), torch.randint(50, (2, 8))
+    assert loaded.config.context_length == 8 and loaded.config.dropout == 0.1
+    assert torch.equal(loaded.eval()(idx), gpt(idx))
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight

@@ -5,6 +5,8 @@ import os
 import numpy as np
 import pytest
 from conftest import ROOT, words
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 import config
 import prepare
@@ -185,3 +187,92 @@ def test_refused(command, folder, argv, message):
     code, _, err = command("prepare.py", "--tokenizer=bytes", *argv)
     assert code == 2 and message in err and err.count("\n") == 1
     assert not (folder / "data").exists()
+
+
+FOLDER = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@FOLDER
+@given(st.text(min_size=20), st.sampled_from(["bytes", "gpt2"]))
+@example("\n" * 5000, "gpt2")
+@example("a" * 100_000, "gpt2")
+@example("\0" * 50, "gpt2")
+@example("\u05e9\u05dc\u05d5\u05dd \u202e\U0001f468\u200d\U0001f469" * 9, "gpt2")
+@example("a <|endoftext|> b" * 9, "gpt2")
+@example("\r\n\ufeff\r" * 9, "bytes")
+def test_any_text_comes_back(command, folder, text, tokenizer):
+    (folder / "a.txt").write_bytes(text.encode())
+    code, out, err = command("prepare.py", "a.txt", f"--tokenizer={tokenizer}")
+    assert (code, err) == (0, "")
+    splits, meta = prepare.load_dataset("a")
+    encoding = prepare.get_tokenizer(tokenizer)
+    cut = int(0.9 * len(text))
+    for split, part in (("train", text[:cut]), ("val", text[cut:])):
+        ids = splits[split].tolist()
+        assert encoding.decode(ids) == part and encoding.eot_token not in ids
+
+
+@FOLDER
+@given(st.binary())
+def test_any_bytes_are_prepared_or_refused_in_one_line(command, folder, data):
+    (folder / "b.txt").write_bytes(data)
+    code, _, err = command("prepare.py", "b.txt", "--tokenizer=bytes")
+    assert (code, err) == (0, "") or (code == 2 and err.count("\n") == 1)
+
+
+@FOLDER
+@given(st.data())
+def test_a_flipped_bit_in_a_dataset_is_found(dataset, data):
+    path = dataset / data.draw(st.sampled_from(["train.bin", "val.bin", "meta.json"]))
+    before = path.read_bytes()
+    bit = data.draw(st.integers(0, 8 * len(before) - 1))
+    damaged = bytearray(before)
+    damaged[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(damaged[: data.draw(st.sampled_from([len(before), bit // 8]))])
+    try:
+        splits, meta = prepare.load_dataset("words")
+        assert path.name == "meta.json"  # where a changed letter may be as good as another
+        for split, ids in splits.items():
+            assert len(ids) == meta.get(f"{split}_tokens", len(ids))
+    except config.UserError:
+        pass
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("crash_at", range(20))
+def test_a_crash_at_any_step_of_saving_leaves_one_dataset(dataset, monkeypatch, crash_at):
+    """Every rename and flush of `save_dataset` in turn is the last thing that happens."""
+
+    class Crash(BaseException):
+        pass
+
+    before, meta = prepare.load_dataset("words")
+    before = {split: ids.copy() for split, ids in before.items()}
+    after = {split: ids[::-1].copy() for split, ids in before.items()}
+    calls = iter(range(100))
+
+    def crashing(function):
+        def call(*args):
+            if next(calls) == crash_at:
+                raise Crash
+            return function(*args)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crashing(os.replace))
+        patch.setattr(os, "fsync", crashing(os.fsync))
+        patch.setattr(prepare.Path, "unlink", lambda *args, **kwargs: None)  # the dead tidy nothing
+        try:
+            prepare.save_dataset(dataset, after, {k: meta[k] for k in list(meta)[:6]})
+            assert crash_at >= next(calls)
+        except Crash:
+            pass
+    left, _ = prepare.load_dataset("words")
+    assert any(all(np.array_equal(left[x], new[x]) for x in left) for new in (before, after))
+    prepare.save_dataset(dataset, after, {k: meta[k] for k in list(meta)[:6]})  # and it can go on
+    left, _ = prepare.load_dataset("words")
+    assert all(np.array_equal(left[x], after[x]) for x in left)

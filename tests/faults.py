@@ -1,0 +1,210 @@
+"""Kills real runs at random moments and looks at what they left.
+
+    python tests/faults.py                     200 kills of train.py, 100 of prepare.py, full disk
+    python tests/faults.py --kills 20 --seed 7
+
+Part 1 trains a small model (dropout, accumulation, evaluations), kills the process with SIGKILL
+again and again, some of the time inside a save, resumes, and compares the weights and metrics.jsonl
+bit for bit with those of a run that nobody disturbed. Part 2 does the same to prepare.py: the
+dataset is the old one or the new one. Part 3 trains where there is no room for a second checkpoint.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+import prepare  # noqa: E402
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+RUN = ["--n_layer=4", "--n_head=2", "--n_embd=128", "--context_length=32", "--dataset=words"]
+RUN += ["--batch_size=4", "--micro_batch_size=2", "--dropout=0.1", "--max_iters=60"]
+RUN += ["--warmup_iters=5", "--eval_interval=7", "--eval_iters=2", "--log_interval=1"]
+RUN += ["--checkpoint_interval=3", "--sample_prompt="]
+
+
+def start(script: str, *words: str, folder: Path, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / script), *words],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def finish(script: str, *words: str, folder: Path, **options) -> str:
+    process = start(script, *words, folder=folder, **options)
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    return out
+
+
+def make_dataset(folder: Path, seed: int):
+    text = " ".join(random.Random(seed).choices("the a of every effort moves you".split(), k=3000))
+    (folder / "words.txt").write_text(text)
+    finish("prepare.py", "words.txt", "--tokenizer=bytes", folder=folder)
+
+
+def result(out: Path) -> tuple[dict, list]:
+    """The weights and optimizer of a run, and its metrics without what the clock says."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "tokens_per_second")
+    lines = [{name: x for name, x in line.items() if name not in clock} for line in lines]
+    return torch.load(out / "model.ckpt", weights_only=True), lines
+
+
+def differences(one, other, where="") -> list[str]:
+    """Where two nests of dicts, lists and tensors are not the same to the bit."""
+    if isinstance(one, torch.Tensor):
+        return [] if torch.equal(one, other) else [where]
+    if isinstance(one, dict) and isinstance(other, dict):
+        pairs = [(name, one.get(name), other.get(name)) for name in one.keys() | other.keys()]
+    elif isinstance(one, (list, tuple)) and len(one) == len(other):
+        pairs = [(i, x, y) for i, (x, y) in enumerate(zip(one, other))]
+    else:
+        return [] if one == other else [f"{where}: {one} {other}"]
+    pairs = [pair for pair in pairs if pair[0] not in ("init_from", "out_dir")]
+    return [found for name, x, y in pairs for found in differences(x, y, f"{where}/{name}")]
+
+
+def kill_training(folder: Path, kills: int, rng: random.Random, out: str, reference) -> Counter:
+    """Kill runs of train.py until `kills` have hit; every run that ends must be the reference."""
+    counts, folder_out = Counter(), folder / out
+    while sum(n for name, n in counts.items() if name.startswith("killed")) < kills:
+        resuming = (folder_out / "model.ckpt").exists()
+        words = [*RUN, f"--out_dir={out}", *(["--init_from=resume"] if resuming else [])]
+        process = start("train.py", *words, folder=folder)
+        for line in process.stdout:
+            if line.startswith("data"):  # from here on it may be hit at any moment
+                break
+        reader = threading.Thread(target=process.stdout.read)  # keeps the pipe from filling up
+        reader.start()
+        time.sleep(rng.uniform(0, 2.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        reader.join()
+        if process.returncode == -signal.SIGKILL:
+            inside = (folder_out / "model.ckpt.tmp").exists()
+            saved = (folder_out / "model.ckpt").exists()
+            where = "inside a save" if inside else "between saves" if saved else "before any save"
+            counts[f"killed {where}"] += 1
+            continue
+        assert process.returncode == 0, f"a resumed run failed with {process.returncode}"
+        counts["runs ended"] += 1
+        for name in differences(reference, result(folder_out)):
+            counts["DIFFERENT"] += 1
+            print("DIFFERENT", name)
+        for path in folder_out.iterdir():
+            path.unlink()
+    return counts
+
+
+def kill_prepare(folder: Path, kills: int, rng: random.Random) -> Counter:
+    """Kill prepare.py as it replaces one dataset by another; what is left is one of them, whole."""
+    texts = {name: " ".join(rng.choices(("ab", "c", "defg"), k=300_000)) for name in ("one", "two")}
+    wanted = {}
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+        finish("prepare.py", f"{name}.txt", "--tokenizer=bytes", "--dataset=d", folder=folder)
+        wanted[name] = [
+            np.fromfile(folder / f"data/d/{x}.bin", np.uint16) for x in ("train", "val")
+        ]
+    counts, current, here = Counter(), "two", Path.cwd()
+    while sum(n for name, n in counts.items() if name.startswith("killed")) < kills:
+        name = rng.choice([x for x in texts if x != current])
+        words = (f"{name}.txt", "--tokenizer=bytes", "--dataset=d")
+        process = start("prepare.py", *words, folder=folder)
+        if rng.random() < 0.8:  # most of them as it writes
+            while process.poll() is None and not list((folder / "data/d").glob("*.tmp")):
+                time.sleep(0.0005)
+            time.sleep(rng.uniform(0, 0.03))
+        else:
+            time.sleep(rng.uniform(0, 0.8))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        left = sorted(path.name for path in (folder / "data/d").iterdir())
+        os.chdir(folder)
+        splits, meta = prepare.load_dataset("d")
+        os.chdir(here)
+        same = [x for x in texts if all(map(np.array_equal, splits.values(), wanted[x]))]
+        assert len(same) == 1 and meta["source"] == f"{same[0]}.txt", (same, meta, left)
+        if process.returncode == -signal.SIGKILL:
+            halves = ", ".join(x for x in left if x.endswith((".tmp", ".new"))) or "nothing"
+            whole = "new" if same[0] == name else "old"
+            counts[f"killed, {halves} lying about: the {whole} dataset"] += 1
+        current = same[0]
+    return counts
+
+
+def full_disk(folder: Path) -> str:
+    """Train where a checkpoint of the first size fits and no file may grow beyond it."""
+    run = [*RUN, "--lr_schedule=constant", "--out_dir=full"]
+    finish("train.py", *run, "--max_iters=3", folder=folder)
+    before = (folder / "full/model.ckpt").read_bytes()
+    run += ["--max_iters=12"]
+    limit = (len(before) // 2, len(before) // 2)
+    process = start(
+        "train.py",
+        *run,
+        "--init_from=resume",
+        folder=folder,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    out, _ = process.communicate()
+    assert process.returncode == 1, out
+    assert out.count("NOT SAVED") == 3 and "step 12" in out, out  # after 6, 9 and 12 updates
+    assert (folder / "full/model.ckpt").read_bytes() == before
+    assert not (folder / "full/model.ckpt.tmp").exists()
+    finish("train.py", *run, "--init_from=resume", folder=folder)
+    finish("train.py", *run, "--out_dir=free", folder=folder)
+    (full, _), (free, _) = result(folder / "full"), result(folder / "free")
+    for part in ("model", "optimizer", "step"):
+        assert differences(full[part], free[part]) == []
+    return next(line for line in out.splitlines() if "NOT SAVED" in line)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=random.randrange(10**6))
+    args = parser.parse_args()
+    print(f"seed {args.seed}")
+    with tempfile.TemporaryDirectory() as name:
+        folder, started = Path(name), time.perf_counter()
+        make_dataset(folder, args.seed)
+        finish("train.py", *RUN, "--out_dir=reference", folder=folder)
+        reference = result(folder / "reference")
+        rng = random.Random(args.seed)
+        counts = kill_training(folder, args.kills, rng, "out", reference)
+        different = counts["DIFFERENT"]
+        print(f"train.py, {time.perf_counter() - started:.0f} s")
+        for where, count in sorted(counts.items()):
+            print(f"  {count:4d} {where}")
+        counts = kill_prepare(folder, args.kills // 2, rng)
+        print("prepare.py")
+        for where, count in sorted(counts.items()):
+            print(f"  {count:4d} {where}")
+        print("full disk\n  ", full_disk(folder))
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
