@@ -290,8 +290,6 @@ def load_model(config: TrainConfig) -> GPT | None:
         if shape:
             listed = ", ".join(f"{x} ({changed[x][0]} there, {changed[x][1]} here)" for x in shape)
             raise UserError(f"{path} is of another model: {listed}")
-        if saved["step"] >= config.max_iters:
-            raise UserError(f"{path} has its {saved['step']:,} updates; raise --max_iters to go on")
         for x in changed.keys() - {"init_from", "vocab_size"}:
             print(f"changed since the checkpoint: {x} was {changed[x][0]}, is {changed[x][1]}")
     for name, value in asdict(gpt.config).items():
@@ -435,7 +433,9 @@ def main(argv: list[str]):
         out_dir.mkdir(parents=True, exist_ok=True)
         metrics = open_metrics(out_dir / "metrics.jsonl", step)
     started = time.perf_counter()
-    width = len(str(config.max_iters))
+    first_step, width = step, len(str(config.max_iters))
+    if step >= config.max_iters:
+        print(f"all {step:,} updates are done; a larger --max_iters goes on from here")
     first_save = config.init_from != "resume"
     skipped = torch.zeros(2, device=device)  # updates since the last log line, and in a row
 
@@ -534,7 +534,7 @@ def main(argv: list[str]):
                 save()
             logged_at += time.perf_counter() - paused  # tokens per second are those of training
 
-        saved = save()
+        saved = step == first_step > 0 or save()  # nothing new to save
         plot(out_dir, config)
     metrics.close()
     print(f"{step:,} updates in {duration(time.perf_counter() - started)}")

@@ -295,7 +295,6 @@ def test_resume_goes_back_to_the_checkpoint_in_metrics_too(command, dataset, fol
         (["--n_layer=3"], "is of another model: n_layer (2 there, 3 here)"),
         (["--n_embd=32", "--no"], "there is no setting 'no'"),
         (["--bias=false", "--max_iters=9"], "is of another model: bias (True there, False here)"),
-        (["--max_iters=6"], "has its 6 updates; raise --max_iters to go on"),
         (["--dataset=other", "--max_iters=9"], "not what out/model.ckpt was trained on"),
     ],
 )
@@ -308,6 +307,15 @@ def test_resume_refuses_what_would_be_another_run(command, dataset, folder, argv
     assert code == 2 and message in err and err.count("\n") == 1
     after = (folder / "out/model.ckpt").read_bytes(), (folder / "out/metrics.jsonl").read_bytes()
     assert before == after
+
+
+def test_a_run_killed_after_its_last_save_is_done(command, dataset, folder):
+    command("train.py", *TINY)
+    before = metrics(), (folder / "out/model.ckpt").read_bytes()
+    (folder / "out/loss.png").unlink(missing_ok=True)
+    code, out, _ = command("train.py", *TINY, "--init_from=resume")
+    assert code == 0 and "all 6 updates are done; a larger --max_iters goes on" in out
+    assert before == (metrics(), (folder / "out/model.ckpt").read_bytes())
 
 
 def test_resume_reports_what_changed(command, dataset):
