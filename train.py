@@ -27,7 +27,7 @@ import torch
 
 import prepare
 from config import UserError, parse, run, user_errors
-from model import GPT, GPTConfig, choose_device
+from model import GPT, GPTConfig, choose_device, load_model
 
 
 @dataclass
@@ -63,7 +63,7 @@ class TrainConfig(GPTConfig):
     out_dir: str = "out"  # where model.ckpt, metrics.jsonl and loss.png go
     wandb: bool = False  # log to Weights & Biases, too
     # Start and machine
-    init_from: str = "scratch"  # scratch, resume, or a checkpoint file whose weights to start from
+    init_from: str = "scratch"  # scratch, resume, or weights: a checkpoint, gpt2, a folder
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a name such as cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
 
@@ -269,13 +269,15 @@ def set_rng(*key: int):
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
-def load_model(config: TrainConfig) -> GPT | None:
+def first_model(config: TrainConfig) -> GPT | None:
     """The model that `init_from` names, and `config` made to say its shape; None for scratch."""
     if config.init_from == "scratch":
         return None
     if config.init_from != "resume":
         with user_errors():
-            gpt = GPT.from_checkpoint(config.init_from, dropout=config.dropout)
+            gpt = load_model(config.init_from, dropout=config.dropout)
+        if config.context_length < gpt.config.context_length:
+            gpt.crop_context(config.context_length)
     else:
         path = f"{config.out_dir}/model.ckpt"
         with user_errors():
@@ -384,7 +386,7 @@ def update(gpt, optimizer, scaler, autocast, batch, config, step):
 
 def main(argv: list[str]):
     config = parse(TrainConfig, argv)
-    gpt = load_model(config)
+    gpt = first_model(config)
     splits, meta = open_dataset(config)
     dataset = prepare.fingerprint(splits["train"])
     with user_errors():
@@ -458,8 +460,7 @@ def main(argv: list[str]):
         )
         if tokenizer:
             prompt = tokenizer.encode(config.sample_prompt, disallowed_special=())
-            with autocast:
-                idx = gpt.generate(torch.tensor([prompt], device=device), 40, temperature=0)
+            idx = gpt.generate(torch.tensor([prompt], device=device), 40, temperature=0)
             print("      " + " ".join(prepare.decode(tokenizer, idx[0].tolist()).split()))
         if val_loss < best_val_loss:
             best_val_loss = val_loss

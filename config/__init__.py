@@ -32,6 +32,8 @@ def user_errors():
 
 def run(main):
     """Call `main(argv)` for a script; a UserError ends in one line, Ctrl-C without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that lacks a character gets another
     try:
         main(sys.argv[1:])
     except UserError as error:

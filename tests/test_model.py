@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import GPT, GPTConfig
+from model import GPT, Cache, GPTConfig
 
 SMALL = dict(vocab_size=50, context_length=8, n_layer=2, n_head=2, n_embd=16)
 
@@ -178,31 +178,157 @@ def test_greedy_generation_is_the_argmax_of_the_cropped_context(length, new):
     for _ in range(new):
         token = gpt(expected[:, -8:])[:, -1].argmax(-1, keepdim=True)
         expected = torch.cat((expected, token), 1)
+    assert torch.equal(gpt.generate(idx, new, temperature=0, use_cache=False), expected)
+
+
+def lively(**changes) -> GPT:
+    """A model whose next token hangs on all of the tokens before it."""
+    gpt = small(**changes)
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return gpt
+
+
+SHAPES = dict(
+    B=st.integers(1, 4),
+    T=st.integers(1, 24),
+    length=st.integers(1, 30),
+    qkv_bias=st.booleans(),
+    n_head=st.sampled_from([1, 2, 4]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SHAPES)
+def test_the_cache_changes_no_token_until_the_context_is_full(B, T, length, qkv_bias, n_head):
+    gpt = lively(context_length=T, qkv_bias=qkv_bias, n_head=n_head)
+    idx = torch.randint(50, (B, length))
+    new = max(1, T - length + 1)  # the last of them is the first that does not fit
+    expected = gpt.generate(idx, new, temperature=0, use_cache=False)
     assert torch.equal(gpt.generate(idx, new, temperature=0), expected)
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES)
+def test_a_full_cache_starts_again_from_half_of_the_context(B, T, length, qkv_bias, n_head):
+    gpt = lively(context_length=T, qkv_bias=qkv_bias, n_head=n_head)
+    expected = idx = torch.randint(50, (B, length))
+    window = idx[:, -T:]
+    for _ in range(2 * T + 3):
+        token = gpt(window)[:, -1].argmax(-1, keepdim=True)
+        expected = torch.cat((expected, token), 1)
+        full = window.shape[1] == T
+        window = expected[:, -max(1, T // 2) :] if full else torch.cat((window, token), 1)
+    assert torch.equal(gpt.generate(idx, 2 * T + 3, temperature=0), expected)
+
+
+def test_one_refill_per_half_context(monkeypatch):
+    gpt, lengths = small(), []
+    original = GPT.forward
+    monkeypatch.setattr(
+        GPT,
+        "forward",
+        lambda self, idx, **k: lengths.append(idx.shape[1]) or original(self, idx, **k),
+    )
+    gpt.generate(torch.randint(50, (1, 3)), 20, temperature=0)
+    assert lengths == [3, 1, 1, 1, 1, 1] + [4, 1, 1, 1, 1] * 2 + [4, 1, 1, 1]
+
+
+@torch.no_grad()
+def test_the_static_cache_that_compiled_code_uses_gives_the_same_tokens():
+    gpt, idx = lively(), torch.randint(50, (3, 2))
+    caches = [Cache(gpt.config, 3, 8, gpt.lm_head.weight, static) for static in (False, True)]
+    for new in (idx, idx[:, :1], idx[:, 1:], idx[:, :1]):
+        for cache in caches:
+            cache.advance(new.shape[1])
+        one, other = (gpt(new, cache=cache) for cache in caches)
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_packed_matrices_give_the_same_logits(qkv_bias):
+    gpt, idx = lively(qkv_bias=qkv_bias), torch.randint(50, (3, 8))
+    expected, text = gpt(idx), gpt.generate(idx, 9, temperature=0)
+    gpt.pack()
+    assert not isinstance(gpt.lm_head, torch.nn.Linear)  # PyTorch here has oneDNN
+    torch.testing.assert_close(gpt(idx), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(gpt.generate(idx, 9, temperature=0), text)
+
+
+def test_packing_leaves_alone_what_cannot_be_packed(monkeypatch):
+    gpt, idx = small(), torch.randint(50, (3, 8))
+    expected = gpt(idx)
+
+    def refuse(weight, batch_size=None):
+        raise RuntimeError("no such dtype on this processor")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    assert torch.equal(gpt.pack()(idx), expected)
+
+
+def test_a_cropped_context_gives_the_same_logits():
+    gpt, idx = lively(), torch.randint(50, (3, 5))
+    expected = gpt(idx)
+    gpt.crop_context(5)
+    assert torch.equal(gpt(idx), expected) and gpt.transformer.wpe.weight.shape == (5, 16)
+    assert gpt.generate(idx, 9).shape == (3, 14)
 
 
 def test_sampling_follows_the_probabilities():
     gpt, idx = small(), torch.tensor([[7]])
     with torch.no_grad():
         gpt.lm_head.weight.mul_(20)
-    many = idx.expand(20_000, 1)
-    generator = torch.Generator().manual_seed(0)
-    for temperature, top_k in ((1.0, None), (0.5, None), (2.0, 3)):
-        logits = gpt(idx)[0, -1] / temperature
-        if top_k:
-            logits[logits < logits.topk(top_k).values[-1]] = -math.inf
-        drawn = gpt.generate(many, 1, temperature, top_k, generator)[:, 1].bincount(minlength=50)
-        torch.testing.assert_close(drawn / 20_000, logits.softmax(-1), atol=0.015, rtol=0)
+    many, logits = idx.expand(20_000, 1), gpt(idx)[0, -1]
+    likely = logits.softmax(-1)
+    ordered = likely.sort(descending=True).values
+    nucleus = ordered[(ordered.cumsum(0) < 0.6).sum()]  # the least likely of the top 0.6
+    for options, kept in (
+        (dict(temperature=1.0), logits > -math.inf),
+        (dict(temperature=0.5), logits > -math.inf),
+        (dict(temperature=2.0, top_k=3), logits >= logits.topk(3).values[-1]),
+        (dict(temperature=1.0, top_p=0.6), likely >= nucleus),
+        (dict(temperature=1.0, top_p=1e-9), likely == likely.max()),
+        (dict(temperature=1.0, min_p=0.5), likely >= 0.5 * likely.max()),
+    ):
+        expected = (logits / options["temperature"]).masked_fill(~kept, -math.inf).softmax(-1)
+        drawn = gpt.generate(many, 1, seed=0, **options)[:, 1].bincount(minlength=50)
+        torch.testing.assert_close(drawn / 20_000, expected, atol=0.015, rtol=0)
+        assert not drawn[~kept].any() and 0 < kept.sum() <= 50
 
 
 def test_top_k_of_one_is_greedy_and_above_the_vocabulary_is_all():
     gpt, idx = small(), torch.randint(50, (2, 3))
     greedy = gpt.generate(idx, 5, temperature=0)
     assert torch.equal(gpt.generate(idx, 5, temperature=1.0, top_k=1), greedy)
-    one, all_ = (
-        gpt.generate(idx, 5, 1.0, k, torch.Generator().manual_seed(3)) for k in (None, 999)
-    )
+    one, all_ = (gpt.generate(idx, 5, 1.0, k, seed=3) for k in (None, 999))
     assert torch.equal(one, all_)
+
+
+def test_a_row_does_not_hang_on_the_others():
+    gpt, idx = lively(), torch.randint(50, (1, 3))
+    alone = gpt.generate(idx, 12, seed=5)
+    many = gpt.generate(idx.expand(6, 3), 12, seed=5)
+    assert torch.equal(many[:1], alone) and len(many.unique(dim=0)) == 6
+    assert torch.equal(gpt.generate(idx, 12, seed=6), many[1:2])
+
+
+def test_generation_ends_where_every_row_has_stopped():
+    gpt, idx = small(vocab_size=4), torch.zeros(5, 1, dtype=torch.int64)
+    free = gpt.generate(idx, 60, seed=0)
+    stopped = gpt.generate(idx, 60, seed=0, stop_token=3)
+    ends = [row.tolist().index(3) for row in free]
+    assert stopped.shape[1] == max(ends) + 1 < 60
+    for row, kept, end in zip(free.tolist(), stopped.tolist(), ends):
+        assert kept == row[: end + 1] + [3] * (max(ends) - end)
+
+
+def test_stream_leaves_the_model_as_it_was():
+    gpt = small(dropout=0.5).train()
+    stream = gpt.stream(torch.zeros(1, 1, dtype=torch.int64), 9)
+    next(stream)
+    stream.close()  # whoever reads need not read to the end
+    assert gpt.training and torch.is_grad_enabled()
 
 
 @settings(max_examples=25, deadline=None)
@@ -257,12 +383,15 @@ class Malice:
         (checkpoint_bytes(model_args=None), "is foreign: it does not hold 'model_args'"),
         (checkpoint_bytes(model_args=SMALL | {"n_embd": 32}), "do not fit its model_args: size"),
         (checkpoint_bytes(model_args=SMALL | {"n_layer": 10**9}), "tensors of 2 layers"),
-        (checkpoint_bytes(model_args=SMALL | {"n_layer": "2"}), "do not fit its model_args"),
+        (checkpoint_bytes(model_args=SMALL | {"n_layer": "2"}), "does not fit what it says"),
         (checkpoint_bytes(model_args=SMALL | {"n_head": 5}), "must be a multiple of n_head"),
-        (checkpoint_bytes(model_args=SMALL | {"depth": 5}), "depth"),
+        (
+            checkpoint_bytes(model_args=SMALL | {"depth": 5}),
+            "does not fit what it says of itself: .*depth",
+        ),
         (checkpoint_bytes(model={}), "tensors of 0 layers"),
         (checkpoint_bytes(model={"transformer.h.0": 3, "transformer.h.1": 3}), "do not fit"),
-        (checkpoint_bytes(model={3: torch.ones(2)}), "do not fit"),
+        (checkpoint_bytes(model={3: torch.ones(2)}), "does not fit what it says"),
     ],
 )
 def test_checkpoints_from_strangers(tmp_path, monkeypatch, data, message):

@@ -1,6 +1,12 @@
+import math
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 
 import prepare
 from model import GPT
@@ -39,6 +45,98 @@ def test_several_samples(command, trained):
     assert len(samples) == len(set(samples)) == 3 and all(x.startswith("a") for x in samples)
 
 
+def test_the_first_sample_is_the_same_however_many_there_are(command, trained):
+    _, alone, _ = command("sample.py", "--start=a")
+    _, many, _ = command("sample.py", "--start=a", "--num_samples=4")
+    assert many.split("-" * 40 + "\n")[0] == alone
+
+
+def stop_at(monkeypatch, gpt_tokens):
+    """A model that produces these rows of tokens, whatever it is asked."""
+
+    def stream(self, idx, new, temperature, k, p, m, seed, stop_token=None, **options):
+        for row in gpt_tokens:
+            yield torch.tensor(row)[: len(idx), None], torch.zeros(len(idx), 257)
+
+    monkeypatch.setattr(GPT, "stream", stream)
+
+
+def test_samples_end_at_endoftext(command, trained, monkeypatch):
+    stop_at(monkeypatch, [[98, 99], [256, 100], [256, 101], [256, 256]])
+    assert command("sample.py", "--start=a")[1] == "ab\n"
+    assert command("sample.py", "--start=a", "--num_samples=2")[1] == f"ab\n{'-' * 40}\nacde\n"
+    out = command("sample.py", "--start=a", "--stop=false")[1]
+    assert out == "ab" + "<|endoftext|>" * 3 + "\n"
+
+
+def test_top_logprobs(command, trained):
+    argv = ["--start=The a", "--max_new_tokens=5", "--temperature=0", "--top_logprobs=3"]
+    code, out, err = command("sample.py", *argv)
+    assert (code, err) == (0, "")
+    first, *lines = out.splitlines()
+    assert first == "The a" and len([line for line in lines if line]) == 5
+    logits = GPT.from_checkpoint("out/model.ckpt").eval()(torch.tensor([list(b"The a")]))[0, -1]
+    likeliest = logits.softmax(-1).topk(3)
+    for id, p in zip(likeliest.indices.tolist(), likeliest.values.tolist()):
+        assert f"{chr(id)!r} {100 * p:.1f}%" in lines[0].split(" of ")[1]
+    assert lines[0].startswith(f"{chr(likeliest.indices[0])!r} ")
+
+
+@pytest.mark.parametrize("length", [2, 16, 17, 18, 24, 25, 100])
+def test_score(command, trained, folder, length):
+    """Every token after the first counts once, with half a context before it where there is one."""
+    text = (folder / "words.txt").read_text()[:length]
+    (folder / "some.txt").write_text(text)
+    code, out, err = command("sample.py", "--score=some.txt")
+    assert (code, err) == (0, "")
+    gpt, ids = GPT.from_checkpoint("out/model.ckpt").eval(), torch.tensor([list(text.encode())])
+    losses = []
+    for t in range(1, length):  # windows start at 0, then 8 before the first they count
+        start = 0 if t <= 16 else 8 * ((t - 1) // 8 - 1)
+        losses.append(-gpt(ids[:, start:t])[0, -1].log_softmax(-1)[ids[0, t]].item())
+    loss = sum(losses) / len(losses)
+    numbers = [line.split()[-1 if "byte" in line else 1] for line in out.splitlines()]
+    assert int(numbers[0]) == length - 1
+    assert float(numbers[1]) == pytest.approx(loss, abs=1e-4)
+    assert float(numbers[2].replace(",", "")) == pytest.approx(math.exp(loss), rel=1e-2)
+    assert float(numbers[3]) == pytest.approx(loss / math.log(2), abs=2e-4)
+
+
+def test_score_reads_standard_input(trained, shell, folder):
+    text = (folder / "words.txt").read_text()[:50]
+    (folder / "some.txt").write_text(text)
+    done = [shell("sample.py", "--score=-", input=text), shell("sample.py", "--score=some.txt")]
+    assert done[0] == done[1] and done[0][0] == 0
+
+
+def test_the_prompt_loop(command, trained):
+    """On a terminal: type, read, type again; an empty line ends."""
+    pty = pytest.importorskip("pty")
+    master, slave = pty.openpty()
+    argv = [sys.executable, str(ROOT / "sample.py"), "--max_new_tokens=5", "--temperature=0"]
+    with subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave) as process:
+        os.close(slave)
+        seen = ""
+        for typed in ("every", "the", ""):
+            while not seen.endswith("> "):
+                seen += os.read(master, 1000).decode()
+            os.write(master, f"{typed}\n".encode())
+            seen += "\n"
+        assert process.wait(60) == 0
+    os.close(master)
+    seen = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", seen)  # a terminal's own codes
+    assert seen.startswith("Type a prompt")
+    for prompt in ("every", "the"):
+        _, text, _ = command("sample.py", f"--start={prompt}", *argv[2:])
+        assert f"> \n{prompt}\r\n{text.rstrip(chr(10))}\r\n" in seen
+
+
+def test_a_prompt_that_is_too_long(command, trained):
+    code, out, err = command("sample.py", f"--start={'a' * 20}", "--max_new_tokens=3")
+    assert code == 0 and out.startswith("a" * 20)
+    assert err == "(a prompt of 20 tokens: the model sees the last 16)\n"
+
+
 def test_endoftext_in_a_prompt_is_one_token(command, trained, monkeypatch):
     seen = []
     original = GPT.stream
@@ -70,11 +168,23 @@ def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
         (["--num_samples=0"], "num_samples is 0"),
         (["--max_new_tokens=-5"], "max_new_tokens is -5"),
         (["--temperature=-1"], "temperature is -1.0"),
-        (["--top_k=0"], "top_k is 0; it must be at least 1, or none"),
+        (["--top_k=0"], "top_k is 0; it must be at least 1"),
+        (["--top_p=0"], "top_p is 0.0; it must be above 0 and at most 1"),
+        (["--top_p=1.5"], "top_p is 1.5; it must be above 0 and at most 1"),
+        (["--min_p=-0.1"], "min_p is -0.1; it must be from 0 to 1"),
+        (["--top_logprobs=0"], "top_logprobs is 0; it must be at least 1"),
+        (["--score=none.txt"], "cannot read none.txt"),
+        (["--score=one.txt"], "needs at least two tokens"),
+        (["--score=latin.txt"], "latin.txt is not UTF-8 text: see byte 1"),
+        (["--export=words.txt"], "words.txt"),
+        (["--init_from=data"], "data lacks config.json"),
+        (["--ckpt=gpt2"], "there is no checkpoint gpt2"),
         (["--device=nowhere"], "--device nowhere cannot be used here"),
         (["--temprature=1"], "did you mean temperature?"),
     ],
 )
-def test_refused(command, trained, argv, message):
+def test_refused(command, trained, folder, argv, message):
+    (folder / "one.txt").write_text("a")
+    (folder / "latin.txt").write_bytes(b"a\xe9")
     code, out, err = command("sample.py", *argv)
     assert code == 2 and out == "" and err.count("\n") == 1 and message in err

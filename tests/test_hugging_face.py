@@ -1,0 +1,178 @@
+"""Weights from and to Hugging Face, against transformers itself."""
+
+import json
+
+import pytest
+import torch
+
+from model import GPT, GPTConfig, load_model
+
+transformers = pytest.importorskip("transformers")
+safetensors = pytest.importorskip("safetensors.torch")
+
+
+def theirs(folder, seed=0, **changes):
+    torch.manual_seed(seed)
+    config = dict(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3) | changes
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and gains that matter
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder, max_shard_size=changes.pop("max_shard_size", "1GB"))
+    return model
+
+
+def ours(**changes) -> GPT:
+    torch.manual_seed(1)
+    gpt = GPT(
+        GPTConfig(
+            **dict(vocab_size=61, context_length=16, n_layer=2, n_head=3, n_embd=24) | changes
+        )
+    )
+    with torch.no_grad():
+        for parameter in gpt.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return gpt.eval()
+
+
+def assert_same_logits(one, other):
+    idx = torch.randint(61, (3, 16))
+    with torch.no_grad():
+        torch.testing.assert_close(one(idx), other(idx).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_layer": 3, "n_head": 2, "tie_word_embeddings": False},
+        {"n_inner": 96, "activation_function": "gelu_pytorch_tanh"},
+    ],
+)
+def test_their_models_give_their_logits_here(tmp_path, changes):
+    model = theirs(tmp_path, **changes)
+    assert_same_logits(load_model(tmp_path).eval(), model)
+
+
+def test_sharded_files(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=61, n_positions=16, n_embd=24, n_layer=3, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_same_logits(GPT.from_pretrained(tmp_path).eval(), model)
+    next(tmp_path.glob("*00002*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="lacks model-00002"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qkv_bias": False, "tie_weights": False},  # the book's model
+        {"bias": False},
+        {"n_layer": 1, "n_head": 1, "tie_weights": False, "dropout": 0.25},
+    ],
+)
+def test_our_models_give_our_logits_there(tmp_path, changes):
+    gpt = ours(**changes)
+    gpt.save_pretrained(tmp_path, "bytes")
+    model, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert_same_logits(gpt, model.eval())
+    again = load_model(tmp_path)
+    assert again.checkpoint == {"tokenizer": "bytes"} and again.config.dropout == gpt.config.dropout
+    assert_same_logits(again.eval(), model)
+
+
+def test_export_import_export_gives_the_same_files(tmp_path):
+    ours(qkv_bias=False, tie_weights=False).save_pretrained(tmp_path / "a", "gpt2")
+    GPT.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", "gpt2")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_names_without_a_prefix_and_old_masks(tmp_path):
+    """As OpenAI's own models lie on the hub."""
+    model = theirs(tmp_path)
+    state = {k.removeprefix("transformer."): v for k, v in model.state_dict().items()}
+    state = {k: v.clone() for k, v in state.items() if k != "lm_head.weight"}
+    state["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    assert_same_logits(GPT.from_pretrained(tmp_path).eval(), model)
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def drop(folder, name):
+    path = folder / "model.safetensors"
+    tensors = safetensors.load_file(path)
+    del tensors[name]
+    safetensors.save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    "harm, message",
+    [
+        (lambda d: (d / "config.json").unlink(), "lacks config.json"),
+        (lambda d: (d / "model.safetensors").unlink(), "lacks model.safetensors"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
+        (lambda d: (d / "config.json").write_text("[]"), "holds no JSON object"),
+        (lambda d: (d / "config.json").write_text("{}"), "no GPT-2's folder: KeyError..vocab_size"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 99), "is damaged"),
+        (lambda d: edit(d, model_type="llama"), "its model_type is 'llama'"),
+        (lambda d: edit(d, activation_function="relu"), "its activation_function is 'relu'"),
+        (lambda d: edit(d, n_inner=50), "its n_inner is 50"),
+        (lambda d: edit(d, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse"),
+        (lambda d: edit(d, n_embd=48), "size mismatch for transformer.wte.weight"),
+        (lambda d: edit(d, n_layer=3), "tensors of 2 layers, n_layer 3"),
+        (lambda d: edit(d, n_head="3"), "is no GPT-2's"),
+        (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "KeyError..weight_map"),
+        (lambda d: drop(d, "transformer.h.1.mlp.c_fc.bias"), "Missing key.*h.1.mlp.c_fc.bias"),
+    ],
+)
+def test_folders_that_are_no_gpt2(tmp_path, harm, message):
+    theirs(tmp_path)
+    harm(tmp_path)
+    with pytest.raises(ValueError, match=message) as error:
+        GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub(command, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+
+    def refuse(*args, **kwargs):
+        raise OSError("no such name")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    code, _, err = command("sample.py", "--init_from=nobody/nothing")
+    assert code == 2 and "nobody/nothing is not a file or folder here, and cannot be had" in err
+    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    code, _, err = command("sample.py", "--init_from=gpt2")
+    assert code == 2 and "pip install huggingface_hub" in err
+
+
+def test_a_hub_name_is_downloaded(command, monkeypatch, tmp_path):
+    hub = pytest.importorskip("huggingface_hub")
+    theirs(tmp_path / "hub", vocab_size=50257)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **kwargs: str(tmp_path / "hub"))
+    code, out, _ = command("sample.py", "--init_from=gpt2", "--start=Every", "--max_new_tokens=3")
+    assert code == 0 and out.startswith("Every")
+
+
+def test_export_on_the_command_line(command, tmp_path):
+    """A GPT-2 vocabulary goes with its tokenizer; training can start from the folder."""
+    theirs(tmp_path / "in", vocab_size=50257)
+    assert command("sample.py", f"--init_from={tmp_path}/in", "--export=out")[0] == 0
+    tokenizer = transformers.GPT2Tokenizer.from_pretrained("out")
+    assert tokenizer.encode("Every effort moves you") == [6109, 3626, 6100, 345]
+    (tmp_path / "my.txt").write_text("Every effort moves you. " * 100)
+    assert command("prepare.py", "my.txt")[0] == 0
+    argv = ["--dataset=my", "--init_from=out", "--max_iters=2", "--eval_iters=1"]
+    code, out, err = command("train.py", *argv, "--out_dir=o", "--sample_prompt=")
+    assert (code, err) == (0, "") and "2 layers, 24 channels, 3 heads, context 16" in out
