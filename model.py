@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 
@@ -87,6 +88,32 @@ class Cache:
         return keys, values
 
 
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """`x` with a share `p` of its elements zeroed and the others scaled up to make good for it.
+
+    PyTorch's takes one random number for each element, drawn by a single thread on a CPU; here
+    a number of 64 bits does for four elements, which makes `p` a multiple of 1/65,536.
+    """
+    if not x.is_cpu:
+        return F.dropout(x, p)
+    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    numbers = numbers.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-2^15, 2^15)
+    dropped = round(p * 2**16)
+    keep = (numbers >= dropped - 2**15).to(x.dtype)
+    return x * keep.mul_(2**16 / (2**16 - dropped))
+
+
+class Dropout(nn.Module):
+    """The same as a layer, which does nothing outside of training."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dropout(x, self.p) if self.training and self.p else x
+
+
 class CausalSelfAttention(nn.Module):
     """Every position gathers from itself and those before it (Vaswani et al. 2017, section 3.2)."""
 
@@ -107,11 +134,16 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, H, all tokens so far, D)
             mask = cache.mask
-        y = F.scaled_dot_product_attention(
-            *(q, k, v, mask),
-            is_causal=mask is None and T > 1,  # a single new token may look at all before it
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # (B, H, T, D)
+        if self.training and self.dropout and x.is_cpu:  # as below, where that is slower
+            later = torch.ones(T, T, dtype=torch.bool).triu(1)
+            scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(later, -math.inf)
+            y = dropout(scores.softmax(dim=-1), self.dropout) @ v  # (B, H, T, T) @ (B, H, T, D)
+        else:
+            y = F.scaled_dot_product_attention(
+                *(q, k, v, mask),
+                is_causal=mask is None and T > 1,  # a single new token may look at all before it
+                dropout_p=self.dropout if self.training else 0.0,
+            )  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.c_proj(y)
 
@@ -139,7 +171,7 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
         self.mlp = MLP(config)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout)
 
     def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         x = x + self.drop(self.attn(self.ln_1(x), cache))
@@ -151,6 +183,7 @@ class GPT(nn.Module):
     """Token ids in, a score for every possible next token out."""
 
     checkpoint: dict | None = None  # what else was in the file that the weights are from
+    recompute = False  # activations in the backward pass, instead of keeping them: slower, smaller
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -159,7 +192,7 @@ class GPT(nn.Module):
             dict(
                 wte=nn.Embedding(config.vocab_size, config.n_embd),
                 wpe=nn.Embedding(config.context_length, config.n_embd),
-                drop=nn.Dropout(config.dropout),
+                drop=Dropout(config.dropout),
                 h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
             )
@@ -200,7 +233,10 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, cache)
+            if self.recompute and self.training:  # Chen et al. 2016, "Sublinear Memory Cost"
+                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, cache)
         if cache is not None:
             x = x[:, -1:]  # (B, 1, C): the next token needs no more
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
@@ -298,6 +334,16 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         """How many numbers are learned; a tied head counts once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self) -> int:
+        """Floating-point operations of forward and backward pass for a token (a full context).
+
+        6 for each parameter that is multiplied by, and 12 L T C for attention (Chowdhery et al.
+        2022, "PaLM", appendix B); what is computed a second time does not count.
+        """
+        c = self.config
+        matrices = [m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear)]
+        return 6 * sum(matrices) + 12 * c.n_layer * c.context_length * c.n_embd
 
     def optimizer_groups(self, weight_decay: float) -> list[dict]:
         """Parameter groups: matrices decay, biases and LayerNorm gains do not."""
@@ -409,6 +455,9 @@ class GPT(nn.Module):
                 raise ValueError(f"tensors of {len(layers)} layers, n_layer {config.n_layer}")
             with torch.device("meta"):  # takes no memory: these tensors become the weights
                 model = cls(config)
+            for key, tensor in state.items():
+                if not tensor.is_floating_point() or tensor.layout != torch.strided:
+                    raise ValueError(f"{key} is of {tensor.dtype}, {tensor.layout}")
             state = {key: tensor.float().contiguous() for key, tensor in state.items()}
             model.load_state_dict(state, assign=True)
         except (ValueError, TypeError, RuntimeError, AttributeError, IndexError) as error:
@@ -548,7 +597,8 @@ def choose(
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
-    probabilities = F.softmax(logits / temperature, dim=-1, dtype=torch.float64)  # (B, V)
+    logits = logits.double() - logits.amax(dim=-1, keepdim=True)  # nothing overflows
+    probabilities = F.softmax(logits / temperature, dim=-1)  # (B, V)
     if top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         before = ordered.cumsum(dim=-1) - ordered  # what the likelier ones add up to
@@ -576,7 +626,7 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here: {reason}") from error
     if dtype != "auto":
@@ -584,5 +634,7 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
     if found.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return found, torch.bfloat16 if native else torch.float16
+    # In bfloat16 a CPU is twice as fast if it has instructions for it (AVX512-BF16, AMX, Arm's
+    # BF16), and several times slower if it has not.
     native = any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
     return found, torch.bfloat16 if found.type == "cpu" and native else torch.float32

@@ -54,7 +54,8 @@ def machine(device: torch.device) -> str:
     libraries = f"torch {torch.__version__}"
     if transformers is not None:
         libraries += f", transformers {transformers.__version__}"
-    return f"{name}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {libraries}"
+    threads = f"{torch.get_num_threads()} threads"
+    return f"{name}, {threads}, Python {platform.python_version()}, {libraries}"
 
 
 def hugging_face(device, dtype, **changes):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import GPT, Cache, GPTConfig
+from model import GPT, Cache, GPTConfig, dropout
 
 SMALL = dict(vocab_size=50, context_length=8, n_layer=2, n_head=2, n_embd=16)
 
@@ -161,6 +161,56 @@ def test_dropout_works_in_training_alone():
     assert not torch.equal(gpt(idx), gpt(idx))
 
 
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_has_the_right_rate_and_is_independent(p):
+    torch.manual_seed(0)
+    x, y = (dropout(torch.ones(1000, 1001), p) for _ in range(2))
+    kept = x > 0
+    assert torch.equal(x[kept], torch.full_like(x[kept], 1 / (1 - round(p * 65536) / 65536)))
+    spread = math.sqrt(p * (1 - p) / x.numel())  # standard deviation of the mean of a fair draw
+    assert abs((~kept).float().mean().item() - p) < 5 * spread + 1e-5
+    assert (kept.float().mean(0) + p - 1).abs().max() < 6 * math.sqrt(p * (1 - p) / 1000)
+    kept = kept.flatten().float()
+    for other in [kept.roll(n) for n in (1, 2, 3, 4, 5, 8, 1001)] + [(y > 0).flatten().float()]:
+        correlation = ((kept + p - 1) * (other + p - 1)).mean().item() / (p * (1 - p))
+        assert abs(correlation) < 5 / math.sqrt(x.numel())
+
+
+def test_dropout_follows_from_the_seed_and_passes_its_mask_to_the_gradient():
+    x = torch.ones(7, 3, requires_grad=True)
+    torch.manual_seed(3)
+    y = dropout(x, 0.5)
+    y.sum().backward()
+    torch.manual_seed(3)
+    assert torch.equal(dropout(torch.ones(7, 3), 0.5), y) and torch.equal(x.grad, y.detach())
+
+
+def test_attention_with_dropout_is_attention(monkeypatch):
+    """Training on a CPU writes attention out; without its dropout it is what it is elsewhere."""
+    gpt, idx = lively(dropout=0.5), torch.randint(50, (2, 8))
+    expected = gpt(idx)
+    monkeypatch.setattr("model.dropout", lambda x, p: x)
+    torch.testing.assert_close(gpt.train()(idx), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_recomputing_activations_changes_nothing():
+    gpt, idx = lively(dropout=0.5).train(), torch.randint(50, (2, 8))
+    grads = []
+    for gpt.recompute in (False, True):
+        torch.manual_seed(4)
+        gpt.zero_grad()
+        gpt(idx, idx.roll(1)).backward()
+        grads.append([p.grad.clone() for p in gpt.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*grads))
+
+
+def test_flops_of_the_published_model():
+    """124M: 6 x (85M in blocks + 38.6M in the head) + 12 x 12 x 1024 x 768."""
+    with torch.device("meta"):
+        flops = GPT(GPTConfig()).flops_per_token()
+    assert flops == 6 * (12 * 12 * 768**2 + 50257 * 768) + 12 * 12 * 1024 * 768
+
+
 def test_weight_decay_is_for_matrices_alone():
     gpt = small()
     decayed, others = gpt.optimizer_groups(0.1)
@@ -297,6 +347,13 @@ def test_sampling_follows_the_probabilities():
         assert not drawn[~kept].any() and 0 < kept.sum() <= 50
 
 
+def test_any_temperature_gives_a_token():
+    gpt, idx = lively(), torch.randint(50, (2, 3))
+    greedy = gpt.generate(idx, 5, temperature=0)
+    assert torch.equal(gpt.generate(idx, 5, temperature=1e-300), greedy)
+    assert gpt.generate(idx, 5, temperature=1e300).max() < 50
+
+
 def test_top_k_of_one_is_greedy_and_above_the_vocabulary_is_all():
     gpt, idx = small(), torch.randint(50, (2, 3))
     greedy = gpt.generate(idx, 5, temperature=0)
@@ -365,6 +422,11 @@ def checkpoint_bytes(**changes) -> bytes:
     return file.getvalue()
 
 
+def changed(function) -> dict:
+    state = small().state_dict()
+    return state | {"transformer.ln_f.weight": function(state["transformer.ln_f.weight"])}
+
+
 class Malice:
     def __reduce__(self):
         return os.mkdir, ("malice",)
@@ -392,6 +454,9 @@ class Malice:
         (checkpoint_bytes(model={}), "tensors of 0 layers"),
         (checkpoint_bytes(model={"transformer.h.0": 3, "transformer.h.1": 3}), "do not fit"),
         (checkpoint_bytes(model={3: torch.ones(2)}), "does not fit what it says"),
+        (checkpoint_bytes(model=changed(lambda t: t.to_sparse())), "layout|sparse"),
+        (checkpoint_bytes(model=changed(lambda t: t.int())), "is of torch.int32"),
+        (checkpoint_bytes(model=changed(lambda t: t + 1j)), "is of torch.complex64"),
     ],
 )
 def test_checkpoints_from_strangers(tmp_path, monkeypatch, data, message):
