@@ -8,6 +8,7 @@ Reads data/<dataset>/, which prepare.py makes. Writes out/model.ckpt, the weight
 resuming needs, out/metrics.jsonl, a line for every report, and out/loss.png, a picture of them.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import shlex
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -66,6 +68,8 @@ class TrainConfig(GPTConfig):
     init_from: str = "scratch"  # scratch, resume, or weights: a checkpoint, gpt2, a folder
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a name such as cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    compile: bool | None = None  # torch.compile the model; none: on a GPU
+    recompute: bool = False  # activations in the backward pass: less memory, a third slower
 
     def __post_init__(self):
         GPTConfig(**self.model_args() | ({} if self.vocab_size is not None else {"vocab_size": 1}))
@@ -87,9 +91,17 @@ class TrainConfig(GPTConfig):
         return {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
 
 
-def open_dataset(config: TrainConfig) -> tuple[dict[str, np.ndarray], dict]:
-    """The dataset of a run, if it is one that its model can be trained on."""
+def open_dataset(config: TrainConfig, tokenizer: str | None = None) -> tuple[dict, dict]:
+    """Both splits of a run's dataset and its meta.json, if its model can be trained on it.
+
+    `tokenizer` is the one that the model's weights are from, if they are from somewhere.
+    """
     splits, meta = prepare.load_dataset(config.dataset)
+    if tokenizer not in (None, meta["tokenizer"]):
+        raise UserError(
+            f"{config.init_from} reads {tokenizer} tokens, data/{config.dataset} holds "
+            f"{meta['tokenizer']}: prepare it with --tokenizer {tokenizer}"
+        )
     vocab_size = meta["vocab_size"] if config.vocab_size is None else config.vocab_size
     for split, ids in splits.items():
         name, tokens = f"data/{config.dataset}/{split}.bin", len(ids)
@@ -157,6 +169,16 @@ def get_batch(
     return tokens[:, :-1], tokens[:, 1:]
 
 
+def check_ids(tokens: torch.Tensor, config: TrainConfig) -> torch.Tensor:
+    """`tokens`, if all are in the vocabulary; `open_dataset` looks at only some of a large file."""
+    if (largest := int(tokens.max())) >= config.vocab_size:
+        raise UserError(
+            f"data/{config.dataset} holds token id {largest:,}, outside the vocabulary of "
+            f"{config.vocab_size:,}: prepare it again"
+        )
+    return tokens
+
+
 def get_lr(step: int, config: TrainConfig) -> float:
     """Learning rate of update `step` (from 0): linear warm-up, then cosine (book, appendix D)."""
     if step < config.warmup_iters:
@@ -185,7 +207,8 @@ def estimate_loss(model, splits, config, device, autocast) -> dict[str, float]:
         total = tokens = 0
         for first in range(0, count, size):
             positions = starts[first : first + size, None] + np.arange(T + 1)  # (B, T + 1)
-            batch = torch.from_numpy(split[positions % len(split)].astype(np.int64)).to(device)
+            batch = torch.from_numpy(split[positions % len(split)].astype(np.int64))
+            batch = check_ids(batch, config).to(device)
             ended = torch.from_numpy(positions[:, 1:] >= len(split)).to(device)
             x, y = (batch[:, :-1], batch[:, 1:].masked_fill(ended, -100))  # -100: does not count
             with autocast:
@@ -197,6 +220,14 @@ def estimate_loss(model, splits, config, device, autocast) -> dict[str, float]:
     return losses
 
 
+def say(text: str):
+    """Print a line; that whoever reads has left (`| head`, a closed window) must not end a run."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def save_checkpoint(path: Path, contents: dict) -> bool:
     """Write `path` whole or not at all, and say so; a full disk must not end the training."""
     started = time.perf_counter()
@@ -204,10 +235,11 @@ def save_checkpoint(path: Path, contents: dict) -> bool:
         with prepare.replacing(path) as file:
             torch.save(contents, file)
     except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
-        reason = str(error.__context__ or error).splitlines()[0]
-        print(f"{path.as_posix()} NOT SAVED, what was there is as it was: {reason}")
+        while error.__context__ is not None:
+            error = error.__context__
+        say(f"{path.as_posix()} NOT SAVED, what was there is as it was: {error}")
         return False
-    print(
+    say(
         f"{path.as_posix()} saved: step {contents['step']:,}, {path.stat().st_size / 1e6:,.1f} MB "
         f"in {time.perf_counter() - started:.1f} s"
     )
@@ -219,8 +251,7 @@ def plot(out_dir: Path, config: TrainConfig):
     try:
         import matplotlib
     except ImportError:
-        print("no loss.png: it needs matplotlib (pip install matplotlib)")
-        return
+        return say("no loss.png: it needs matplotlib (pip install matplotlib)")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -231,11 +262,12 @@ def plot(out_dir: Path, config: TrainConfig):
     figure, (losses, rates) = pyplot.subplots(
         2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(4, 1), layout="constrained"
     )
-    losses.plot([x["step"] for x in logs], [x["loss"] for x in logs], label="batch", **grey)
+    points = [(x["step"], x["loss"]) for x in logs if x["loss"] is not None]
+    losses.plot(*zip(*points), label="batch", **grey)
     for name, label, color in (("train_loss", "training", "C0"), ("val_loss", "validation", "C3")):
-        steps, values = [x["step"] for x in evals], [x[name] for x in evals]
-        losses.plot(steps, values, ".-", color=color, label=label)
-        losses.annotate(f" {values[-1]:.2f}", (steps[-1], values[-1]), color=color, va="center")
+        points = [(x["step"], x[name]) for x in evals if x[name] is not None]
+        losses.plot(*zip(*points), ".-", color=color, label=label)
+        losses.annotate(f" {points[-1][1]:.2f}", points[-1], color=color, va="center")
     losses.set_ylabel("loss (nats per token)")
     losses.set_title(f"{config.dataset}, {config.n_layer} layers, {config.n_embd} channels")
     losses.legend(frameon=False)
@@ -278,13 +310,19 @@ def first_model(config: TrainConfig) -> GPT | None:
             gpt = load_model(config.init_from, dropout=config.dropout)
         if config.context_length < gpt.config.context_length:
             gpt.crop_context(config.context_length)
+        for field in fields(GPTConfig):
+            asked, has = getattr(config, field.name), getattr(gpt.config, field.name)
+            if asked not in (has, None, field.default):
+                say(f"{field.name} is {has}, that of {config.init_from}, not {asked}")
     else:
         path = f"{config.out_dir}/model.ckpt"
         with user_errors():
             gpt = GPT.from_checkpoint(path, dropout=config.dropout)
         saved = gpt.checkpoint
-        if not isinstance(saved.get("optimizer"), dict) or "dataset" not in saved:
-            raise UserError(f"{path} has no optimizer state to resume with: use --init_from {path}")
+        wanted = dict(optimizer=dict, scaler=dict, config=dict, dataset=str, step=int)
+        for name, kind in (wanted | dict(best_val_loss=float)).items():
+            if type(saved.get(name)) is not kind or (name == "step" and saved[name] < 0):
+                raise UserError(f"{path} has no {name} to resume with: use --init_from {path}")
         old, new = saved["config"], asdict(config)
         changed = {x: (old[x], new[x]) for x in new if x in old and old[x] != new[x]}
         shape = [x for x in changed if x in config.model_args() and x != "dropout"]
@@ -292,8 +330,8 @@ def first_model(config: TrainConfig) -> GPT | None:
         if shape:
             listed = ", ".join(f"{x} ({changed[x][0]} there, {changed[x][1]} here)" for x in shape)
             raise UserError(f"{path} is of another model: {listed}")
-        for x in changed.keys() - {"init_from", "vocab_size"}:
-            print(f"changed since the checkpoint: {x} was {changed[x][0]}, is {changed[x][1]}")
+        for x in sorted(changed.keys() - {"init_from", "vocab_size"}):
+            say(f"changed since the checkpoint: {x} was {changed[x][0]}, is {changed[x][1]}")
     for name, value in asdict(gpt.config).items():
         setattr(config, name, value)
     return gpt
@@ -318,24 +356,48 @@ def check_memory(config: TrainConfig, device: torch.device):
         )
 
 
-def keep_old(path: Path):
-    """What an earlier run left at `path` stays, as `path`.bak."""
-    if path.exists():
-        os.replace(path, f"{path}.bak")
-        print(f"{path.as_posix()} of an earlier run is now {path.name}.bak")
+def keep_old(out_dir: Path):
+    """Make way for a new run: what an earlier one left stays, with .bak at the end of its name."""
+    if (out_dir / "model.ckpt").exists():
+        for name in ("model.ckpt", "best.ckpt", "metrics.jsonl"):
+            if (out_dir / name).exists():
+                os.replace(out_dir / name, out_dir / f"{name}.bak")
+        say(f"{(out_dir / 'model.ckpt').as_posix()} of an earlier run is now model.ckpt.bak")
+    for name in ("best.ckpt", "metrics.jsonl"):  # of a run that never came to save
+        (out_dir / name).unlink(missing_ok=True)
 
 
-def open_metrics(path: Path, step: int):
-    """metrics.jsonl to append to; a run that resumes after `step` updates drops later lines."""
-    if step == 0:
-        keep_old(path)
-    elif path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        with prepare.replacing(path) as file:
-            for line in lines:
-                if line.endswith("}\n") and json.loads(line)["step"] <= step:  # not torn, not later
-                    file.write(line.encode())
-    return open(path, "a", encoding="utf-8", buffering=1)  # a line is written as it comes
+class Metrics:
+    """metrics.jsonl, to which lines are added whole or not at all."""
+
+    def __init__(self, path: Path, step: int):
+        """Cut off what a run that goes on after `step` updates will write again, or half a line."""
+        self.file = open(path, "a+b", buffering=0)
+        self.file.seek(0)
+        keep, self.seconds = 0, 0.0  # bytes; time in the lines before
+        for line in self.file.read().splitlines(keepends=True):
+            try:
+                values = json.loads(line if line.endswith(b"\n") else b"")
+                if values["step"] > step:
+                    break
+                self.seconds = float(values["seconds"])
+            except (ValueError, KeyError, TypeError):  # not whole
+                break
+            keep += len(line)
+        self.file.truncate(keep)
+
+    def append(self, values: dict):
+        line = json.dumps(values).encode() + b"\n"
+        end = self.file.seek(0, os.SEEK_END)
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError("the disk is full")
+        except OSError as error:
+            self.file.truncate(end)
+            say(f"{self.file.name} lacks the line of step {values['step']:,}: {error}")
+
+    def flush(self):
+        os.fsync(self.file.fileno())
 
 
 class Stop:
@@ -343,208 +405,367 @@ class Stop:
 
     def __enter__(self):
         self.signal = None
-        self.before = {
-            number: signal.signal(number, self.handle) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.before = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def handle(self, number, frame):
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
-        os.write(1, b"stopping after this update; a second time stops at once\n")  # print may not
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
+        with contextlib.suppress(OSError):  # print may not be called here
+            os.write(1, b"stopping after this update; a second time stops at once\n")
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
 
-def update(gpt, optimizer, scaler, autocast, batch, config, step):
-    """One step of gradient descent on `batch` (inputs, targets); its loss and gradient norm.
+def compiled(gpt: GPT, config: TrainConfig, device: torch.device, autocast) -> torch.nn.Module:
+    """The model as torch.compile makes it, if wanted; as it is where there is no compiler."""
+    if config.compile is False or (config.compile is None and device.type != "cuda"):
+        return gpt
+    model = torch.compile(gpt, dynamic=False)
+    idx = torch.zeros(config.micro_batch_size, config.context_length, dtype=torch.int64)
+    started = time.perf_counter()
+    try:
+        with autocast:
+            loss = model(idx.to(device), idx.to(device))
+        loss.backward()
+    except Exception as error:  # of as many kinds as there are ways to lack a compiler
+        say(f"not compiled, training is slower for it: {str(error).strip().splitlines()[0]}")
+        return gpt
+    finally:
+        gpt.zero_grad()
+    say(f"compiled in {duration(time.perf_counter() - started)}")
+    return model
 
+
+def make_optimizers(gpt: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """What turns gradients into updates."""
+    betas = (config.beta1, config.beta2)
+    groups = gpt.optimizer_groups(config.weight_decay)
+    return [torch.optim.AdamW(groups, config.learning_rate, betas=betas, fused=True)]
+
+
+def optimizer_state(gpt: GPT, optimizers: list) -> dict[str, dict]:
+    """What the optimizers remember of each parameter, by its name."""
+    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
+    return {name: states[p] for name, p in gpt.named_parameters() if p in states}
+
+
+def load_optimizer_state(gpt: GPT, optimizers: list, saved: dict, step: int):
+    """Put back what `optimizer_state` gave. Raises ValueError where it does not fit."""
+    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for name, p in gpt.named_parameters():
+        state = saved.get(name, {})
+        wanted = {"step", "exp_avg", "exp_avg_sq"} if step else set()
+        if not isinstance(state, dict) or not wanted <= state.keys():
+            raise ValueError(f"the optimizer's state of {name} is missing")
+        for key, value in state.items():
+            shape = torch.Size() if key == "step" else p.shape
+            if not isinstance(value, torch.Tensor) or value.shape != shape:
+                raise ValueError(f"the optimizer's {key} of {name} does not fit it")
+        owner[p].state[p] = {key: value.to(p.device, torch.float32) for key, value in state.items()}
+
+
+def update(model, optimizers, scaler, autocast, batch, config, step):
+    """One step of gradient descent on `batch` (inputs, targets).
+
+    Returns its loss, the norm of its gradient, and whether it was skipped, each a scalar tensor.
     The batch goes through in micro batches, whose gradients add up to those of the whole. Where
-    loss or norm is not finite, weights and optimizer stay as they are.
+    loss or norm is not finite, weights and optimizers stay as they are.
     """
-    device = gpt.lm_head.weight.device
     batch_loss = 0.0
     micro_batches = zip(*(tensor.split(config.micro_batch_size) for tensor in batch))
     for micro_step, (x, y) in enumerate(micro_batches):
         set_rng(config.seed, step, micro_step)
         with autocast:
-            loss = gpt(x.to(device), y.to(device))  # forward pass and loss
+            loss = model(x, y)  # forward pass and loss
         loss = loss * (len(x) / config.batch_size)
         scaler.scale(loss).backward()  # backward pass
         batch_loss += loss.detach()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.grad_clip or math.inf)
-    # Fused optimizers do nothing where this is 1, and nobody has to wait for the device to know.
-    optimizer.found_inf = (~(batch_loss + norm).isfinite()).float()
-    scaler.step(optimizer)  # update
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    skipped = (~(batch_loss + norm).isfinite()).float()
+    for optimizer in optimizers:
+        # Fused optimizers do nothing where this is 1, and nobody has to wait for the device to
+        # know. (A scaler that is enabled puts its own finding here.)
+        optimizer.found_inf = skipped
+        scaler.step(optimizer)  # update
+        optimizer.zero_grad()
     scaler.update()
-    optimizer.zero_grad()
-    return batch_loss, norm
+    return batch_loss, norm, skipped
+
+
+# bfloat16 or float16 FLOP/s of a card without sparsity, as NVIDIA's data sheets say.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12}
+PEAK_FLOPS |= {"B200": 2250e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12}
+PEAK_FLOPS |= {"V100": 125e12, "T4": 65e12, "4090": 165e12, "3090": 71e12}
+
+
+class Run:
+    """A model in training: where it stands, what it reports, what it saves."""
+
+    def __init__(self, config: TrainConfig):
+        gpt = first_model(config)
+        saved, resumes = {} if gpt is None else gpt.checkpoint, config.init_from == "resume"
+        self.config = config
+        wanted = None if resumes else saved.get("tokenizer")
+        self.splits, self.meta = open_dataset(config, wanted)
+        self.dataset = " ".join(map(prepare.fingerprint, self.splits.values()))
+        path = f"{config.out_dir}/model.ckpt"
+        if resumes and saved["dataset"] != self.dataset:
+            raise UserError(f"data/{config.dataset} is not what {path} was trained on")
+        with user_errors():
+            self.device, self.dtype = choose_device(config.device, config.dtype)
+        if gpt is None:
+            if config.vocab_size is None:
+                config.vocab_size = self.meta["vocab_size"]
+            check_memory(config, self.device)
+            torch.manual_seed(config.seed)
+            gpt = GPT(GPTConfig(**config.model_args()))
+        self.gpt = gpt.to(self.device).train()
+        self.gpt.checkpoint, self.gpt.recompute = None, config.recompute
+        self.optimizers = make_optimizers(gpt, config)
+        mixed = self.dtype != torch.float32
+        self.autocast = torch.autocast(
+            self.device.type, self.dtype, enabled=mixed, cache_enabled=False
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.step, self.best_val_loss = 0, math.inf
+        if resumes:
+            try:
+                load_optimizer_state(gpt, self.optimizers, saved["optimizer"], saved["step"])
+                if saved["scaler"] and self.scaler.is_enabled():
+                    self.scaler.load_state_dict(saved["scaler"])
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{path} cannot be resumed: {error}") from error
+            self.step, self.best_val_loss = saved["step"], saved["best_val_loss"]
+        self.prompt = self.read_prompt()
+        self.out_dir = Path(config.out_dir)
+        with user_errors():
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            if not resumes:
+                keep_old(self.out_dir)
+            self.metrics = Metrics(self.out_dir / "metrics.jsonl", self.step)
+        self.wandb = start_wandb(config) if config.wandb else None
+        self.describe()
+        self.model = compiled(gpt, config, self.device, self.autocast)
+        self.first_step = self.saved_step = self.logged_step = self.step
+        self.started = self.logged_at = time.perf_counter()
+        self.spent = Counter()  # seconds that were not training
+        # Skipped updates since the last report, in a row until now, and the most in a row.
+        self.skipped = torch.zeros(3, device=self.device)
+
+    def read_prompt(self) -> list[int]:
+        """Token ids of the prompt for samples; none where there are to be no samples."""
+        if not self.config.sample_prompt:
+            return []
+        self.tokenizer = prepare.get_tokenizer(self.meta["tokenizer"])
+        ids = self.tokenizer.encode(self.config.sample_prompt, disallowed_special=())
+        if max(ids) < self.config.vocab_size:
+            return ids
+        say(f"no samples: {self.config.sample_prompt!r} is outside the vocabulary")
+        return []
+
+    def describe(self):
+        """The first lines: data, model, device, and what the run amounts to."""
+        config, meta = self.config, self.meta
+        train, val = len(self.splits["train"]), len(self.splits["val"])
+        self.tokens_per_update = config.batch_size * config.context_length
+        epochs = config.max_iters * self.tokens_per_update / train
+        say(
+            f"data    {config.dataset}: {meta['source']}\n"
+            f"        {train:,} tokens to train on, {val:,} to validate with "
+            f"({meta['tokenizer']})\n"
+            f"model   {self.gpt.num_parameters():,} parameters: {config.n_layer} layers, "
+            f"{config.n_embd} channels, {config.n_head} heads, context {config.context_length:,}\n"
+            f"device  {self.device}, matrix products in {str(self.dtype).removeprefix('torch.')}\n"
+            f"run     {config.max_iters:,} updates of {self.tokens_per_update:,} tokens, "
+            f"{epochs:.3g} epochs"
+        )
+        if self.step >= config.max_iters:
+            say(f"all {self.step:,} updates are done; a larger --max_iters goes on from here")
+
+    def get_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The batch of the update to come, on its way to the device."""
+        config = self.config
+        batch = get_batch(
+            self.splits["train"],
+            self.step,
+            batch_size=config.batch_size,
+            context_length=config.context_length,
+            seed=config.seed,
+            shift_windows=config.shift_windows,
+        )
+        for tokens in batch:
+            check_ids(tokens, config)
+        if self.device.type == "cuda":  # only pinned memory is copied while the GPU computes
+            batch = [tokens.pin_memory() for tokens in batch]
+        return tuple(tokens.to(self.device, non_blocking=True) for tokens in batch)
+
+    def update(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Update number `step`; its loss and gradient norm."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = get_lr(self.step, self.config)
+        how = (self.model, self.optimizers, self.scaler, self.autocast)
+        loss, norm, skipped = update(*how, batch, self.config, self.step)
+        self.step += 1
+        since, in_a_row, most = self.skipped
+        in_a_row = (in_a_row + 1) * skipped
+        self.skipped = torch.stack((since + skipped, in_a_row, torch.maximum(most, in_a_row)))
+        return loss, norm
+
+    def check_skipped(self) -> int:
+        """Report skipped updates and end a run that consists of them; how many came last."""
+        since, in_a_row, most = map(int, self.skipped.tolist())
+        self.skipped[0] = 0
+        if since:
+            say(f"skipped {since:,} of the updates: their loss or gradient is not finite")
+        if most >= self.config.max_skipped:
+            at = self.saved_step
+            left = f"model.ckpt is of step {at:,}" if at else "there is no checkpoint"
+            raise SystemExit(
+                f"stopped: {most:,} updates in a row had no finite loss or gradient; {left}; "
+                "lower --learning_rate"
+            )
+        return in_a_row
+
+    def record(self, **values):
+        """Add a line to metrics.jsonl."""
+        values = {x: value if math.isfinite(value) else None for x, value in values.items()}
+        seconds = self.metrics.seconds + time.perf_counter() - self.started
+        line = {"step": self.step, "seconds": round(seconds, 3)} | values
+        self.metrics.append(line)
+        if self.wandb is not None:
+            self.wandb.log(line, step=self.step)
+
+    @contextlib.contextmanager
+    def spending(self, what: str):
+        """Time on something that is not training, and does not count as tokens per second."""
+        started = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - started
+        self.spent[what] += seconds
+        self.logged_at += seconds
+
+    def log(self, loss: torch.Tensor, norm: torch.Tensor):
+        loss, norm = float(loss), float(norm)  # waits for the device
+        lr, now = get_lr(self.step - 1, self.config), time.perf_counter()
+        updates, seconds = self.step - self.logged_step, now - self.logged_at
+        rate = updates * self.tokens_per_update / seconds
+        left = (self.config.max_iters - self.step) * seconds / updates
+        self.logged_step, self.logged_at = self.step, now
+        self.record(loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
+        say(
+            f"{self.step_name()}  loss {loss:.4f}  lr {lr:.2e}  gradient norm {norm:.2f}"
+            f"  {rate:,.0f} tokens/s{self.utilization(rate)}  {duration(left)} left"
+        )
+        self.check_skipped()
+
+    def step_name(self) -> str:
+        return f"step {self.step:>{len(str(self.config.max_iters))}}"
+
+    def utilization(self, rate: float) -> str:
+        """The share of its peak that a known GPU reaches at `rate` tokens per second (MFU)."""
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+        if peak is None or self.dtype == torch.float32:
+            return ""
+        return f"  MFU {rate * self.gpt.flops_per_token() / peak:.0%}"
+
+    def evaluate(self):
+        with self.spending("evaluation"):
+            losses = estimate_loss(self.model, self.splits, self.config, self.device, self.autocast)
+        train_loss, val_loss = losses["train"], losses["val"]
+        perplexity = math.exp(min(val_loss, 700))
+        self.record(train_loss=train_loss, val_loss=val_loss, val_perplexity=perplexity)
+        say(
+            f"{self.step_name()}  training loss {train_loss:.4f}  validation loss {val_loss:.4f}"
+            f"  perplexity {perplexity:,.2f}"
+        )
+        if self.prompt:
+            with self.spending("samples"):
+                idx = torch.tensor([self.prompt], device=self.device)
+                idx = self.gpt.generate(idx, 40, temperature=0)
+            say("      " + " ".join(prepare.decode(self.tokenizer, idx[0].tolist()).split()))
+        if val_loss < self.best_val_loss:
+            before, self.best_val_loss = self.best_val_loss, val_loss
+            if self.config.save_best and self.step > 0:
+                with self.spending("saving"):
+                    if not save_checkpoint(self.out_dir / "best.ckpt", self.contents()):
+                        self.best_val_loss = before  # the next good one is saved, then
+
+    def contents(self) -> dict:
+        """What a checkpoint holds, but for what only resuming needs."""
+        return {
+            "model": self.gpt.state_dict(),
+            "model_args": asdict(self.gpt.config),
+            "config": asdict(self.config),
+            "tokenizer": self.meta["tokenizer"],
+            "step": self.step,
+            "best_val_loss": self.best_val_loss,
+        }
+
+    def save(self) -> bool:
+        """Write model.ckpt, unless it is of this step; False if it could not be."""
+        if self.saved_step == self.step > 0:
+            return True
+        if (in_a_row := self.check_skipped()) > 1:  # of one alone nothing follows
+            say(f"model.ckpt NOT SAVED: the last {in_a_row:,} updates were skipped")
+            return False
+        contents = self.contents() | {
+            "optimizer": optimizer_state(self.gpt, self.optimizers),
+            "scaler": self.scaler.state_dict(),
+            "dataset": self.dataset,
+        }
+        with self.spending("saving"):
+            with contextlib.suppress(OSError):
+                self.metrics.flush()  # a checkpoint never knows more than metrics.jsonl
+            saved = save_checkpoint(self.out_dir / "model.ckpt", contents)
+        self.saved_step = self.step if saved else self.saved_step
+        return saved
+
+    def finish(self):
+        """The picture, and where the time went."""
+        with self.spending("drawing"):
+            try:
+                plot(self.out_dir, self.config)
+            except Exception as error:  # whatever it is, the run is worth more than its picture
+                say(f"no loss.png: {error}")
+        total = time.perf_counter() - self.started
+        shares = {"training": total - self.spent.total()} | self.spent
+        listed = ", ".join(f"{what} {seconds / total:.0%}" for what, seconds in shares.items())
+        say(f"{self.step - self.first_step:,} updates in {duration(total)}: {listed}")
 
 
 def main(argv: list[str]):
     config = parse(TrainConfig, argv)
-    gpt = first_model(config)
-    splits, meta = open_dataset(config)
-    dataset = prepare.fingerprint(splits["train"])
-    with user_errors():
-        device, dtype = choose_device(config.device, config.dtype)
-    tokenizer = prepare.get_tokenizer(meta["tokenizer"]) if config.sample_prompt else None
-    if gpt is None:
-        config.vocab_size = meta["vocab_size"] if config.vocab_size is None else config.vocab_size
-        check_memory(config, device)
-        torch.manual_seed(config.seed)
-        gpt = GPT(GPTConfig(**config.model_args()))
-    gpt.to(device).train()
-    betas = (config.beta1, config.beta2)
-    groups = gpt.optimizer_groups(config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=betas, fused=True)
-    mixed = dtype != torch.float32
-    autocast = torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    step, best_val_loss, saved = 0, math.inf, gpt.checkpoint
-    if config.init_from == "resume":
-        if saved["dataset"] != dataset:
-            raise UserError(
-                f"data/{config.dataset} is not what {config.out_dir}/model.ckpt was trained on"
-            )
-        with user_errors():
-            optimizer.load_state_dict(saved["optimizer"])
-        for group, new in zip(optimizer.param_groups, groups):  # settings are those of this run
-            group.update(betas=betas, weight_decay=new["weight_decay"])
-        scaler.load_state_dict(saved["scaler"])
-        step, best_val_loss = saved["step"], saved["best_val_loss"]
-    gpt.checkpoint = saved = None
-
-    tokens_per_update = config.batch_size * config.context_length
-    epochs = config.max_iters * tokens_per_update / len(splits["train"])
-    print(
-        f"data    {config.dataset}: {meta['source']}\n"
-        f"        {len(splits['train']):,} tokens to train on, {len(splits['val']):,} to validate "
-        f"with ({meta['tokenizer']})\n"
-        f"model   {gpt.num_parameters():,} parameters: {config.n_layer} layers, "
-        f"{config.n_embd} channels, {config.n_head} heads, context {config.context_length:,}\n"
-        f"device  {device}, matrix products in {str(dtype).removeprefix('torch.')}\n"
-        f"run     {config.max_iters:,} updates of {tokens_per_update:,} tokens, {epochs:.3g} epochs"
-    )
-    out_dir = Path(config.out_dir)
-    wandb = start_wandb(config) if config.wandb else None
-    with user_errors():
-        out_dir.mkdir(parents=True, exist_ok=True)
-        metrics = open_metrics(out_dir / "metrics.jsonl", step)
-    started = time.perf_counter()
-    first_step, width = step, len(str(config.max_iters))
-    if step >= config.max_iters:
-        print(f"all {step:,} updates are done; a larger --max_iters goes on from here")
-    first_save = config.init_from != "resume"
-    skipped = torch.zeros(2, device=device)  # updates since the last log line, and in a row
-
-    def record(**values):
-        values = {x: value if math.isfinite(value) else None for x, value in values.items()}
-        line = {"step": step, "seconds": round(time.perf_counter() - started, 3)} | values
-        metrics.write(json.dumps(line) + "\n")
-        if wandb is not None:
-            wandb.log(values, step=step)
-
-    def evaluate():
-        nonlocal best_val_loss
-        losses = estimate_loss(gpt, splits, config, device, autocast)
-        train_loss, val_loss = losses["train"], losses["val"]
-        perplexity = math.exp(min(val_loss, 700))
-        record(train_loss=train_loss, val_loss=val_loss, val_perplexity=perplexity)
-        print(
-            f"step {step:>{width}}  training loss {train_loss:.4f}  validation loss "
-            f"{val_loss:.4f}  perplexity {perplexity:,.2f}"
-        )
-        if tokenizer:
-            prompt = tokenizer.encode(config.sample_prompt, disallowed_special=())
-            idx = gpt.generate(torch.tensor([prompt], device=device), 40, temperature=0)
-            print("      " + " ".join(prepare.decode(tokenizer, idx[0].tolist()).split()))
-        if val_loss < best_val_loss:
-            best_val_loss = val_loss
-            if config.save_best and step > 0:
-                save_checkpoint(out_dir / "best.ckpt", contents())
-
-    def contents() -> dict:
-        return {
-            "model": gpt.state_dict(),
-            "model_args": asdict(gpt.config),
-            "config": asdict(config),
-            "tokenizer": meta["tokenizer"],
-            "step": step,
-            "best_val_loss": best_val_loss,
-        }
-
-    def save() -> bool:
-        nonlocal first_save
-        if first_save:
-            keep_old(out_dir / "model.ckpt")
-            first_save = False
-        os.fsync(metrics.fileno())  # a checkpoint never knows more than metrics.jsonl
-        more = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        return save_checkpoint(out_dir / "model.ckpt", contents() | more | {"dataset": dataset})
-
+    training = Run(config)
     with Stop() as stop:
-        if step == 0:
-            evaluate()
-        logged_step, logged_at = step, time.perf_counter()
-        while step < config.max_iters and not stop.signal:
-            lr = get_lr(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch = get_batch(
-                splits["train"],
-                step,
-                batch_size=config.batch_size,
-                context_length=config.context_length,
-                seed=config.seed,
-                shift_windows=config.shift_windows,
-            )
-            loss, norm = update(gpt, optimizer, scaler, autocast, batch, config, step)
-            step += 1
-            skipped = (skipped + optimizer.found_inf) * torch.stack(
-                (torch.ones_like(norm), optimizer.found_inf)
-            )
-
-            if step % config.log_interval == 0:
-                loss, norm = float(loss), float(norm)  # waits for the device
-                now = time.perf_counter()
-                rate = (step - logged_step) * tokens_per_update / (now - logged_at)
-                left = (config.max_iters - step) * tokens_per_update / rate
-                logged_step, logged_at = step, now
-                record(loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
-                print(
-                    f"step {step:>{width}}  loss {loss:.4f}  lr {lr:.2e}  gradient norm {norm:.2f}"
-                    f"  {rate:,.0f} tokens/s  {duration(left)} left"
-                )
-                since, in_a_row = skipped.tolist()
-                if since:
-                    print(f"{since:.0f} updates skipped: their loss or gradient is not finite")
-                if in_a_row >= config.max_skipped:
-                    raise SystemExit(
-                        f"stopped: {in_a_row:.0f} updates in a row had no finite loss or gradient; "
-                        f"{out_dir}/model.ckpt, if there is one, is sound; lower --learning_rate"
-                    )
-                skipped[0] = 0
-            paused = time.perf_counter()
-            if step % config.eval_interval == 0 or step == config.max_iters:
-                evaluate()
-            if step % config.checkpoint_interval == 0 and step < config.max_iters:
-                save()
-            logged_at += time.perf_counter() - paused  # tokens per second are those of training
-
-        saved = step == first_step > 0 or save()  # nothing new to save
-        plot(out_dir, config)
-    metrics.close()
-    print(f"{step:,} updates in {duration(time.perf_counter() - started)}")
-    if stop.signal:
-        resume = "" if config.init_from == "resume" else " --init_from resume"
-        print(f"to go on: python train.py {shlex.join(argv)}{resume}")
-        sys.exit(128 + stop.signal)
+        if training.step == 0:
+            training.evaluate()
+        batch = training.get_batch()
+        while training.step < config.max_iters and not stop.signal:
+            loss, norm = training.update(batch)
+            batch = training.get_batch()  # the next one, while a GPU is at work on this
+            if training.step % config.log_interval == 0:
+                training.log(loss, norm)
+            if training.step % config.eval_interval == 0 or training.step == config.max_iters:
+                training.evaluate()
+            if training.step % config.checkpoint_interval == 0 and training.step < config.max_iters:
+                training.save()
+        saved = training.save()
+        training.finish()
     if not saved:
         sys.exit(1)
+    if stop.signal:
+        resume = "" if config.init_from == "resume" else " --init_from resume"
+        say(f"to go on: python train.py {shlex.join(argv)}{resume}")
+        sys.exit(128 + stop.signal)
 
 
 def start_wandb(config: TrainConfig):

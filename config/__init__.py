@@ -42,7 +42,9 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in str(error) and not isinstance(error, MemoryError):
             raise
-        sys.exit(f"{sys.argv[0]}: out of memory: a smaller batch, context or model takes less")
+        said = f"{sys.argv[0]}: out of memory: a smaller batch, context or model takes less"
+        print(said, file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as shells report it
 
@@ -65,7 +67,7 @@ def parse(cls, argv):
             continue
         name, equals, text = word[2:].partition("=")
         check_name(name, hints)
-        if not equals and hints[name] is bool:
+        if not equals and bool in options(hints[name]):
             text = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
         elif not equals:
             if not words or words[0].startswith("--"):
@@ -84,7 +86,7 @@ def parse(cls, argv):
 def read_file(path, hints):
     """The assignments of one config file, checked against the types in `hints`."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:  # editors on Windows put a mark in front
             body = ast.parse(file.read()).body
     except OSError as error:
         raise UserError(f"cannot read config file {path}: {error.strerror}") from error
@@ -140,6 +142,8 @@ def check_type(name, value, hint):
     """`value` if it is one of the `options` of `hint` (an int may stand for a float)."""
     if float in options(hint) and type(value) is int and abs(value) < 1e300:
         value = float(value)
+    if type(value) is int and abs(value) >= 2**63:
+        raise UserError(f"{name} is {str(value)[:20]}...; it is too large")
     if type(value) in options(hint) or value in options(hint):
         return value
     raise UserError(f"{name} is {value!r}; it must be {name_type(hint)}")

@@ -10,10 +10,12 @@ dataset is the old one or the new one. Part 3 trains where there is no room for 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,30 +157,52 @@ def kill_prepare(folder: Path, kills: int, rng: random.Random) -> Counter:
 
 
 def full_disk(folder: Path) -> str:
-    """Train where a checkpoint of the first size fits and no file may grow beyond it."""
-    run = [*RUN, "--lr_schedule=constant", "--out_dir=full"]
+    """Train on a disk of its own that has no room for a second checkpoint, nor, later, for a line.
+
+    Mounting one (a tmpfs) takes root; without, no file may grow beyond half a checkpoint.
+    """
+    run = [*RUN, "--lr_schedule=constant", "--max_iters=12", "--out_dir=full"]
     finish("train.py", *run, "--max_iters=3", folder=folder)
-    before = (folder / "full/model.ckpt").read_bytes()
-    run += ["--max_iters=12"]
-    limit = (len(before) // 2, len(before) // 2)
-    process = start(
-        "train.py",
-        *run,
-        "--init_from=resume",
-        folder=folder,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )
-    out, _ = process.communicate()
-    assert process.returncode == 1, out
-    assert out.count("NOT SAVED") == 3 and "step 12" in out, out  # after 6, 9 and 12 updates
-    assert (folder / "full/model.ckpt").read_bytes() == before
-    assert not (folder / "full/model.ckpt.tmp").exists()
-    finish("train.py", *run, "--init_from=resume", folder=folder)
+    out = folder / "full"
+    before = (out / "model.ckpt").read_bytes()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * len(before))}", "none", out]
+    (folder / "kept").mkdir()
+    shutil.copytree(out, folder / "kept", dirs_exist_ok=True)
+    mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    shutil.copytree(folder / "kept", out, dirs_exist_ok=True)
+    options = {}
+    if not mounted:
+        limit = (len(before) // 2, len(before) // 2)
+        options["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    try:
+        process = start("train.py", *run, "--init_from=resume", folder=folder, **options)
+        said, _ = process.communicate()
+        assert process.returncode == 1, said
+        assert said.count("NOT SAVED") == 3, said  # after 6, 9 and 12 updates
+        assert (out / "model.ckpt").read_bytes() == before
+        assert not (out / "model.ckpt.tmp").exists()
+        if mounted:  # not a byte is left: neither lines nor pictures can be written
+            with contextlib.suppress(OSError), open(out / "ballast", "wb", buffering=0) as file:
+                while file.write(b"x" * 4096):
+                    pass
+            long = [*run, "--max_iters=60", "--init_from=resume"]
+            process = start("train.py", *long, folder=folder)
+            more, _ = process.communicate()
+            assert process.returncode == 1 and "Traceback" not in more, more
+            assert "metrics.jsonl lacks the line of step" in more, more
+            assert (out / "model.ckpt").read_bytes() == before
+        shutil.copytree(out, folder / "kept", dirs_exist_ok=True)
+    finally:
+        if mounted:
+            subprocess.run(["umount", out], check=True)
+    shutil.copytree(folder / "kept", out, dirs_exist_ok=True)
+    finish("train.py", *run, "--init_from=resume", folder=folder)  # there is room again
     finish("train.py", *run, "--out_dir=free", folder=folder)
     (full, _), (free, _) = result(folder / "full"), result(folder / "free")
     for part in ("model", "optimizer", "step"):
         assert differences(full[part], free[part]) == []
-    return next(line for line in out.splitlines() if "NOT SAVED" in line)
+    where = "a full disk" if mounted else "a limit on the size of files"
+    return f"{where}: " + next(line for line in said.splitlines() if "NOT SAVED" in line)
 
 
 def main():

@@ -74,7 +74,7 @@ def test_words(words, expected):
         (["--n_layer", "true"], "--n_layer is True; it must be int"),
         (["--n_layer", "[" * 5000], "it must be int"),
         (["--n_layer", "9" * 5000], "it must be int"),
-        (["--rate", "9" * 400], "it must be float"),
+        (["--rate", "9" * 400], "it is too large"),
         (["--n_layer"], "--n_layer needs a value"),
         (["--name", "--loud"], "--name needs a value"),
         (["--loud=maybe"], "--loud is 'maybe'; it must be bool"),
