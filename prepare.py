@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import http.client
 import json
+import mmap
 import os
 import re
 import subprocess
@@ -261,6 +262,14 @@ def sample_blocks(ids: np.ndarray):
         yield ids[start : start + size]
 
 
+def map_ids(path: str | Path, dtype: str) -> np.ndarray:
+    """The ids in a file, read from it where they are used."""
+    ids = np.memmap(path, np.dtype(dtype).newbyteorder("<"), mode="r")
+    if hasattr(mmap, "MADV_RANDOM"):  # or else megabytes around each window are read as well
+        ids._mmap.madvise(mmap.MADV_RANDOM)
+    return ids
+
+
 def fingerprint(ids: np.ndarray) -> str:
     """A hash that tells one array of ids from another at a cost that does not grow with it."""
     digest = hashlib.sha256(f"{len(ids)} {ids.dtype.itemsize}".encode())
@@ -291,7 +300,7 @@ def finish_saving(folder: Path, meta: dict):
     """Rename the .bin files that `meta` has been waiting for."""
     for split in ("train", "val"):
         new, expected = folder / f"{split}.bin.new", meta.get(f"{split}_fingerprint")
-        if new.exists() and fingerprint(np.memmap(new, meta["dtype"], mode="r")) == expected:
+        if new.exists() and fingerprint(map_ids(new, meta["dtype"])) == expected:
             os.replace(new, folder / f"{split}.bin")
 
 
@@ -330,15 +339,14 @@ def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
         if not path.exists():
             how = "" if name == "verdict" else f" FILE --dataset {name}"
             raise UserError(f"there is no {path.as_posix()}; make it with: python prepare.py{how}")
-        dtype = np.dtype(meta["dtype"]).newbyteorder("<")
-        tokens, rest = divmod(path.stat().st_size, dtype.itemsize)
+        tokens, rest = divmod(path.stat().st_size, np.dtype(meta["dtype"]).itemsize)
         expected = meta.get(f"{split}_tokens", tokens)
         if rest or not tokens or tokens != expected:
             raise UserError(
                 f"{path.as_posix()} has {path.stat().st_size:,} bytes, {tokens:,} {meta['dtype']} "
                 f"ids and {rest} bytes over, not {expected:,} ids: prepare it again"
             )
-        splits[split] = np.memmap(path, dtype, mode="r")
+        splits[split] = map_ids(path, meta["dtype"])
         found = fingerprint(splits[split])
         if meta.setdefault(f"{split}_fingerprint", found) != found:
             raise UserError(f"{path.as_posix()} is not what meta.json describes: prepare it again")

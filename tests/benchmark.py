@@ -1,7 +1,9 @@
 """How fast this is, beside Hugging Face's GPT-2 and beside what the machine can do.
 
-    python tests/benchmark.py                        every part, as a table
+    python tests/benchmark.py                        every part, as a table (half an hour)
     python tests/benchmark.py generation --json      one part, as JSON
+    python tests/benchmark.py training data          the training step; get_batch
+    python tests/benchmark.py growth                 larger models, longer contexts
 
 The sides of a comparison take turns in one process, after a round that does not count; figures are
 medians over --rounds. Without the package transformers its rows are left out.
@@ -9,10 +11,12 @@ medians over --rounds. Without the package transformers its rows are left out.
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
 
+import prepare  # noqa: E402
+import train  # noqa: E402
 from model import GPT, GPTConfig, choose_device  # noqa: E402
 
 try:
@@ -134,7 +140,177 @@ def generation(rounds: int) -> dict[str, float]:
     return found
 
 
-PARTS = {"generation": generation}
+# --- Training -------------------------------------------------------------------------------------
+
+
+class Step:
+    """Updates of a model by this project, on random tokens, as train.py makes them."""
+
+    def __init__(self, batch_size: int, **settings):
+        self.config = train.TrainConfig(
+            **dict(vocab_size=50257, batch_size=batch_size, micro_batch_size=batch_size) | settings
+        )
+        self.device, self.dtype = choose_device(self.config.device, self.config.dtype)
+        self.gpt = GPT(GPTConfig(**self.config.model_args())).to(self.device).train()
+        self.optimizers = train.make_optimizers(self.gpt, self.config)
+        mixed = self.dtype != torch.float32
+        self.autocast = torch.autocast(
+            self.device.type, self.dtype, enabled=mixed, cache_enabled=False
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.model = train.compiled(self.gpt, self.config, self.device, self.autocast)
+        shape = (batch_size, self.config.context_length)
+        self.batch = [torch.randint(50257, shape, device=self.device) for _ in range(2)]
+
+    def __call__(self):
+        how = (self.model, self.optimizers, self.scaler, self.autocast)
+        train.update(*how, self.batch, self.config, 0)
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of each phase of one update."""
+        stamps = []
+
+        def stamp(*_):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            stamps.append(time.perf_counter())
+
+        hook = self.gpt.lm_head.register_forward_pre_hook(stamp)
+        stamp()
+        with self.autocast:
+            loss = self.gpt(*self.batch)
+        stamp()
+        loss.backward()
+        stamp()
+        torch.nn.utils.clip_grad_norm_(self.gpt.parameters(), 1.0)
+        stamp()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        stamp()
+        hook.remove()
+        names = ("forward", "head and loss", "backward", "clip", "optimizer")
+        return {name: b - a for name, a, b in zip(names, stamps, stamps[1:])}
+
+
+def matrix_products(config, batch_size: int, device, dtype):
+    """All matrix products of an update and nothing else: forward, and twice that backward."""
+    B, T, C, H = batch_size, config.context_length, config.n_embd, config.n_head
+    shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
+    shapes = [(shape, config.n_layer) for shape in shapes] + [((C, config.vocab_size), 1)]
+
+    def matrix(*shape):
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    linears = [(matrix(B * T, i), matrix(o, i), matrix(B * T, o), n) for (i, o), n in shapes]
+    q, attention = matrix(B * H, T, C // H), matrix(B * H, T, T)
+
+    def run():
+        for x, weight, gradient, count in linears:
+            for _ in range(count):
+                x @ weight.T, gradient @ weight, gradient.T @ x
+        for _ in range(3 * config.n_layer):
+            q @ q.mT, attention @ q
+
+    return run
+
+
+def peak_memory() -> float:
+    """Largest memory so far, in GB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def training(rounds: int) -> dict[str, float]:
+    """A step of GPT-2 124M with dropout 0.1, 2 x 256 tokens on a CPU, 16 x 1,024 on a GPU."""
+    device, dtype = choose_device()
+    B, T = (16, 1024) if device.type == "cuda" else (2, 256)
+    ours = Step(B, context_length=T, dropout=0.1)
+    sides = {"this project": ours}
+    sides["matrix products alone"] = matrix_products(ours.config, B, device, dtype)
+
+    def theirs(autocast):
+        config = transformers.GPT2Config()  # dropout 0.1
+        gpt = transformers.GPT2LMHeadModel(config).to(device).train()
+        optimizer = torch.optim.AdamW(gpt.parameters(), lr=6e-4, weight_decay=0.1)
+        model = torch.compile(gpt) if device.type == "cuda" else gpt
+
+        def step():
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                loss = model(ours.batch[0], labels=ours.batch[0]).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    if transformers is not None:
+        sides["Hugging Face, float32"] = theirs(False)
+        sides["Hugging Face, bfloat16 autocast"] = theirs(True)
+    seconds = take_turns(sides, rounds)
+    found = {f"{name}: seconds": value for name, value in seconds.items()}
+    mine = seconds["this project"]
+    found["this project: tokens/s"] = B * T / mine
+    for name, value in seconds.items():
+        if name != "this project":
+            found[f"{name} / this project"] = value / mine
+    peak = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    for card, flops in train.PEAK_FLOPS.items():
+        if card in peak and not any(key.endswith("MFU") for key in found):
+            found["this project: MFU"] = B * T / mine * ours.gpt.flops_per_token() / flops
+    phases = [ours.phases() for _ in range(rounds + 1)][1:]
+    for name in phases[0]:
+        found[f"{name}: seconds"] = statistics.median(phase[name] for phase in phases)
+    return found
+
+
+def data(rounds: int) -> dict[str, float]:
+    """get_batch of 2 x 256 tokens from a small file and from a huge one, in milliseconds."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, size in {"10 MB": 10**7, "10 GB": 10**10}.items():
+            path = Path(folder) / "train.bin"
+            with open(path, "wb") as file:
+                file.truncate(size)  # sparse: it takes no room on the disk
+            split = prepare.map_ids(path, "uint16")
+            steps = iter(range(10**9))
+
+            def fetch(split=split, steps=steps):
+                for _ in range(100):
+                    train.get_batch(split, next(steps), batch_size=2, context_length=256, seed=1)
+
+            found[f"of {name}: ms"] = take_turns({"get_batch": fetch}, rounds)["get_batch"] * 10
+    return found
+
+
+def measure(settings: dict) -> tuple[float, float]:
+    """Tokens per second and GB of memory of a training step, in a process of its own."""
+    step = Step(**settings)
+    tokens = settings["batch_size"] * settings["context_length"]
+    return tokens / take_turns({"step": step}, 2)["step"], peak_memory()
+
+
+def growth(rounds: int) -> dict[str, float]:
+    """Training steps as the model grows (context 256) and as the context grows (30M)."""
+    shapes = {"10M": (4, 4, 128), "30M": (6, 6, 384), "124M": (12, 12, 768), "350M": (24, 16, 1024)}
+    cases = {f"{size} parameters": (size, 2, 256) for size in shapes}
+    cases |= {f"context {T:,}": ("30M", 1, T) for T in (256, 1024, 4096)}
+    found = {}
+    for name, (size, batch_size, T) in cases.items():
+        n_layer, n_head, n_embd = shapes[size]
+        settings = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+        settings |= dict(batch_size=batch_size, context_length=T)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rate, memory = pool.apply(measure, (settings,))
+        found[f"{name}: tokens/s"], found[f"{name}: GB"] = rate, memory
+    return found
+
+
+PARTS = {"generation": generation, "training": training, "data": data, "growth": growth}
 
 
 def main():
