@@ -98,7 +98,7 @@ def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
         return F.dropout(x, p)
     numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     numbers = numbers.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-2^15, 2^15)
-    dropped = round(p * 2**16)
+    dropped = min(round(p * 2**16), 2**16 - 1)
     keep = (numbers >= dropped - 2**15).to(x.dtype)
     return x * keep.mul_(2**16 / (2**16 - dropped))
 
@@ -280,7 +280,7 @@ class GPT(nn.Module):
         is for GPUs, which otherwise wait for Python between the small steps of a single token.
         """
         T, B = self.config.context_length, len(idx)
-        size = min(T, idx.shape[1] + max_new_tokens)
+        size = T if compile else min(T, idx.shape[1] + max_new_tokens)
         if seed is None:
             seed = int(torch.randint(2**31, ()))
         generators = [torch.Generator().manual_seed(seed + row) for row in range(B)]
@@ -299,8 +299,14 @@ class GPT(nn.Module):
                     if cache.length == T:
                         new, cache.length = idx[:, -max(1, T // 2) :], 0
                     cache.advance(new.shape[1])
-                forward = decode if new.shape[1] == 1 else self
-                logits = forward(new, cache=cache)[:, -1].float()  # (B, V)
+                try:
+                    logits = (decode if new.shape[1] == 1 else self)(new, cache=cache)
+                except Exception:  # of as many kinds as there are ways to lack a compiler
+                    if decode is self:
+                        raise
+                    decode = self
+                    logits = self(new, cache=cache)
+                logits = logits[:, -1].float()  # (B, V)
                 token = choose(logits, temperature, top_k, top_p, min_p, generators)  # (B, 1)
                 if stop_token is not None:
                     token = token.masked_fill(ended, stop_token)
@@ -403,7 +409,7 @@ class GPT(nn.Module):
             files = ["model.safetensors"]
             if os.path.exists(os.path.join(folder, "model.safetensors.index.json")):
                 index = read_json(folder, "model.safetensors.index.json")
-                files = sorted(set(index["weight_map"].values()))
+                files = sorted({str(file) for file in index["weight_map"].values()})
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{name} is no GPT-2's folder: {error!r}") from error
         config = replace(config, **changes)
@@ -414,8 +420,8 @@ class GPT(nn.Module):
                 key = key.replace("transformer.transformer.", "transformer.")
                 if not key.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks of old
                     state[key] = tensor.T if key.endswith(TRANSPOSED) else tensor
-        if config.tie_weights:
-            state["lm_head.weight"] = state.get("transformer.wte.weight")
+        if config.tie_weights and "transformer.wte.weight" in state:
+            state["lm_head.weight"] = state["transformer.wte.weight"]
         model = cls.from_state(config, state, name)
         model.checkpoint = {"tokenizer": theirs.get("tokenizer", "gpt2")}
         return model
@@ -440,7 +446,10 @@ class GPT(nn.Module):
         theirs["tokenizer"] = tokenizer  # theirs ignore it; `from_pretrained` does not
         os.makedirs(folder, exist_ok=True)
         path, json_path = (os.path.join(folder, x) for x in ("model.safetensors", "config.json"))
-        save_file(state, path + ".tmp", metadata={"format": "pt"})
+        try:
+            save_file(state, path + ".tmp", metadata={"format": "pt"})
+        except Exception as error:  # safetensors has a kind of its own
+            raise ValueError(f"cannot write {path}: {error}") from error
         with open(json_path + ".tmp", "w", encoding="utf-8") as file:
             json.dump(theirs, file, indent=2)
         for written in (path, json_path):
@@ -597,6 +606,8 @@ def choose(
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -math.inf)
+    device = logits.device
+    logits = logits.to("cpu" if device.type == "mps" else device)  # MPS has no float64
     logits = logits.double() - logits.amax(dim=-1, keepdim=True)  # nothing overflows
     probabilities = F.softmax(logits / temperature, dim=-1)  # (B, V)
     if top_p < 1:
@@ -612,7 +623,7 @@ def choose(
     sums = probabilities.cumsum(dim=-1)
     share = torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators])
     token = torch.searchsorted(sums, share.to(sums.device) * sums[:, -1:], right=True)
-    return token.clamp(max=logits.shape[-1] - 1)
+    return token.clamp(max=logits.shape[-1] - 1).to(device)
 
 
 def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
@@ -627,7 +638,7 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
         found = torch.device(device)
         torch.zeros(1, device=found).item()
     except (RuntimeError, AssertionError, ImportError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or repr(error)).splitlines()[0]
         raise ValueError(f"--device {device} cannot be used here: {reason}") from error
     if dtype != "auto":
         return found, getattr(torch, dtype)

@@ -205,6 +205,8 @@ def read_text(path: str | Path) -> str:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: see byte {error.start:,}") from error
+    except (ValueError, AttributeError) as error:  # a NUL in the name; standard input is closed
+        raise UserError(f"cannot read {path!r}: {error}") from error
     if not text:
         raise UserError(f"{path} is empty")
     return text

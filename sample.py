@@ -185,7 +185,7 @@ def main(argv: list[str]):
         loss, bits, tokens = score(prepare.read_text(config.score), gpt, tokenizer)
         print(f"tokens         {tokens:,}\nloss           {loss:.4f} nats per token")
         print(f"perplexity     {math.exp(min(loss, 700)):,.2f}\nbits per byte  {bits:.4f}")
-    elif config.start is None and sys.stdin.isatty():
+    elif config.start is None and sys.stdin and sys.stdin.isatty():
         print("Type a prompt; an empty line ends, Ctrl-C cuts a text short.")
         while prompt := read_line():
             with contextlib.suppress(KeyboardInterrupt):

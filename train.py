@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -325,12 +326,14 @@ def first_model(config: TrainConfig) -> GPT | None:
                 raise UserError(f"{path} has no {name} to resume with: use --init_from {path}")
         old, new = saved["config"], asdict(config)
         changed = {x: (old[x], new[x]) for x in new if x in old and old[x] != new[x]}
+        for field in fields(GPTConfig):  # what is not said is the checkpoint's
+            if field.name != "dropout" and new[field.name] in (None, field.default):
+                changed.pop(field.name, None)
         shape = [x for x in changed if x in config.model_args() and x != "dropout"]
-        shape = [x for x in shape if changed[x] != (gpt.config.vocab_size, None)]
         if shape:
             listed = ", ".join(f"{x} ({changed[x][0]} there, {changed[x][1]} here)" for x in shape)
             raise UserError(f"{path} is of another model: {listed}")
-        for x in sorted(changed.keys() - {"init_from", "vocab_size"}):
+        for x in sorted(changed.keys() - {"init_from"}):
             say(f"changed since the checkpoint: {x} was {changed[x][0]}, is {changed[x][1]}")
     for name, value in asdict(gpt.config).items():
         setattr(config, name, value)
@@ -378,7 +381,7 @@ class Metrics:
         for line in self.file.read().splitlines(keepends=True):
             try:
                 values = json.loads(line if line.endswith(b"\n") else b"")
-                if values["step"] > step:
+                if values["step"] > step or step == 0:
                     break
                 self.seconds = float(values["seconds"])
             except (ValueError, KeyError, TypeError):  # not whole
@@ -433,12 +436,29 @@ def compiled(gpt: GPT, config: TrainConfig, device: torch.device, autocast) -> t
             loss = model(idx.to(device), idx.to(device))
         loss.backward()
     except Exception as error:  # of as many kinds as there are ways to lack a compiler
-        say(f"not compiled, training is slower for it: {str(error).strip().splitlines()[0]}")
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        say(f"not compiled, training is slower for it: {reason}")
         return gpt
     finally:
         gpt.zero_grad()
     say(f"compiled in {duration(time.perf_counter() - started)}")
     return model
+
+
+def precision(config: TrainConfig):
+    """Device, dtype of the matrix products, and the autocast and gradient scaler that they need.
+
+    Raises ValueError if the device is not there.
+    """
+    device, dtype = choose_device(config.device, config.dtype)
+    mixed = dtype != torch.float32
+    autocast = torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False)
+    return (
+        device,
+        dtype,
+        autocast,
+        torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+    )
 
 
 def make_optimizers(gpt: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -490,10 +510,9 @@ def update(model, optimizers, scaler, autocast, batch, config, step):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     skipped = (~(batch_loss + norm).isfinite()).float()
     for optimizer in optimizers:
-        # Fused optimizers do nothing where this is 1, and nobody has to wait for the device to
-        # know. (A scaler that is enabled puts its own finding here.)
+        # Fused optimizers do nothing where this is 1, and nobody waits for the device to know.
         optimizer.found_inf = skipped
-        scaler.step(optimizer)  # update
+        optimizer.step()  # update
         optimizer.zero_grad()
     scaler.update()
     return batch_loss, norm, skipped
@@ -519,7 +538,7 @@ class Run:
         if resumes and saved["dataset"] != self.dataset:
             raise UserError(f"data/{config.dataset} is not what {path} was trained on")
         with user_errors():
-            self.device, self.dtype = choose_device(config.device, config.dtype)
+            self.device, self.dtype, self.autocast, self.scaler = precision(config)
         if gpt is None:
             if config.vocab_size is None:
                 config.vocab_size = self.meta["vocab_size"]
@@ -529,11 +548,6 @@ class Run:
         self.gpt = gpt.to(self.device).train()
         self.gpt.checkpoint, self.gpt.recompute = None, config.recompute
         self.optimizers = make_optimizers(gpt, config)
-        mixed = self.dtype != torch.float32
-        self.autocast = torch.autocast(
-            self.device.type, self.dtype, enabled=mixed, cache_enabled=False
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.best_val_loss = 0, math.inf
         if resumes:
             try:
@@ -547,14 +561,16 @@ class Run:
         self.out_dir = Path(config.out_dir)
         with user_errors():
             self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.wandb = start_wandb(config) if config.wandb else None
+        with user_errors():
             if not resumes:
                 keep_old(self.out_dir)
             self.metrics = Metrics(self.out_dir / "metrics.jsonl", self.step)
-        self.wandb = start_wandb(config) if config.wandb else None
         self.describe()
         self.model = compiled(gpt, config, self.device, self.autocast)
         self.first_step = self.saved_step = self.logged_step = self.step
         self.started = self.logged_at = time.perf_counter()
+        self.next_batch = None
         self.spent = Counter()  # seconds that were not training
         # Skipped updates since the last report, in a row until now, and the most in a row.
         self.skipped = torch.zeros(3, device=self.device)
@@ -600,28 +616,31 @@ class Run:
             seed=config.seed,
             shift_windows=config.shift_windows,
         )
-        for tokens in batch:
-            check_ids(tokens, config)
+        check_ids(torch.maximum(*batch), config)
         if self.device.type == "cuda":  # only pinned memory is copied while the GPU computes
             batch = [tokens.pin_memory() for tokens in batch]
         return tuple(tokens.to(self.device, non_blocking=True) for tokens in batch)
 
-    def update(self, batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Update number `step`; its loss and gradient norm."""
+        batch = self.next_batch or self.get_batch()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = get_lr(self.step, self.config)
         how = (self.model, self.optimizers, self.scaler, self.autocast)
         loss, norm, skipped = update(*how, batch, self.config, self.step)
         self.step += 1
+        self.next_batch = None
+        if self.device.type == "cuda" and self.step < self.config.max_iters:
+            self.next_batch = self.get_batch()  # while the GPU is at work on this one
         since, in_a_row, most = self.skipped
         in_a_row = (in_a_row + 1) * skipped
         self.skipped = torch.stack((since + skipped, in_a_row, torch.maximum(most, in_a_row)))
         return loss, norm
 
-    def check_skipped(self) -> int:
-        """Report skipped updates and end a run that consists of them; how many came last."""
-        since, in_a_row, most = map(int, self.skipped.tolist())
+    def check_skipped(self):
+        """Report skipped updates, and end a run that consists of them."""
+        since, _, most = map(int, self.skipped.tolist())
         self.skipped[0] = 0
         if since:
             say(f"skipped {since:,} of the updates: their loss or gradient is not finite")
@@ -632,7 +651,6 @@ class Run:
                 f"stopped: {most:,} updates in a row had no finite loss or gradient; {left}; "
                 "lower --learning_rate"
             )
-        return in_a_row
 
     def record(self, **values):
         """Add a line to metrics.jsonl."""
@@ -646,6 +664,8 @@ class Run:
     @contextlib.contextmanager
     def spending(self, what: str):
         """Time on something that is not training, and does not count as tokens per second."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # updates under way are training
         started = time.perf_counter()
         yield
         seconds = time.perf_counter() - started
@@ -672,7 +692,7 @@ class Run:
     def utilization(self, rate: float) -> str:
         """The share of its peak that a known GPU reaches at `rate` tokens per second (MFU)."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        peak = next((flops for card, flops in PEAK_FLOPS.items() if card in name), None)
+        peak = next((f for card, f in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
         if peak is None or self.dtype == torch.float32:
             return ""
         return f"  MFU {rate * self.gpt.flops_per_token() / peak:.0%}"
@@ -710,13 +730,18 @@ class Run:
             "best_val_loss": self.best_val_loss,
         }
 
-    def save(self) -> bool:
+    def save(self, last: bool = False) -> bool:
         """Write model.ckpt, unless it is of this step; False if it could not be."""
         if self.saved_step == self.step > 0:
             return True
-        if (in_a_row := self.check_skipped()) > 1:  # of one alone nothing follows
-            say(f"model.ckpt NOT SAVED: the last {in_a_row:,} updates were skipped")
-            return False
+        path = self.out_dir / "model.ckpt"
+        if (in_a_row := int(self.skipped[1])) > 1:  # of one alone nothing follows
+            if not last:
+                say(f"{path.as_posix()} not saved: the last {in_a_row:,} updates were skipped")
+                return False
+            if path.exists():  # the weights that they follow may be the ones to blame
+                os.replace(path, f"{path}.bak")
+                say(f"the last {in_a_row:,} updates were skipped; model.ckpt.bak is of before them")
         contents = self.contents() | {
             "optimizer": optimizer_state(self.gpt, self.optimizers),
             "scaler": self.scaler.state_dict(),
@@ -725,7 +750,7 @@ class Run:
         with self.spending("saving"):
             with contextlib.suppress(OSError):
                 self.metrics.flush()  # a checkpoint never knows more than metrics.jsonl
-            saved = save_checkpoint(self.out_dir / "model.ckpt", contents)
+            saved = save_checkpoint(path, contents)
         self.saved_step = self.step if saved else self.saved_step
         return saved
 
@@ -736,6 +761,7 @@ class Run:
                 plot(self.out_dir, self.config)
             except Exception as error:  # whatever it is, the run is worth more than its picture
                 say(f"no loss.png: {error}")
+        self.check_skipped()
         total = time.perf_counter() - self.started
         shares = {"training": total - self.spent.total()} | self.spent
         listed = ", ".join(f"{what} {seconds / total:.0%}" for what, seconds in shares.items())
@@ -748,17 +774,15 @@ def main(argv: list[str]):
     with Stop() as stop:
         if training.step == 0:
             training.evaluate()
-        batch = training.get_batch()
         while training.step < config.max_iters and not stop.signal:
-            loss, norm = training.update(batch)
-            batch = training.get_batch()  # the next one, while a GPU is at work on this
+            loss, norm = training.update()
             if training.step % config.log_interval == 0:
                 training.log(loss, norm)
             if training.step % config.eval_interval == 0 or training.step == config.max_iters:
                 training.evaluate()
             if training.step % config.checkpoint_interval == 0 and training.step < config.max_iters:
                 training.save()
-        saved = training.save()
+        saved = training.save(last=True)
         training.finish()
     if not saved:
         sys.exit(1)

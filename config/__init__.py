@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import os
 import re
 import sys
 import typing
@@ -45,6 +46,8 @@ def run(main):
         said = f"{sys.argv[0]}: out of memory: a smaller batch, context or model takes less"
         print(said, file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read has seen enough (`| head`)
+        sys.stdout = open(os.devnull, "w")
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT, as shells report it
 

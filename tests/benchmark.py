@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -64,10 +65,9 @@ def machine(device: torch.device) -> str:
     return f"{name}, {threads}, Python {platform.python_version()}, {libraries}"
 
 
-def hugging_face(device, dtype, **changes):
-    """Their GPT-2 124M, with random weights, without dropout."""
-    config = transformers.GPT2Config(resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **changes)
-    return transformers.GPT2LMHeadModel(config).to(device, dtype)
+def hugging_face(device, dtype):
+    """Their GPT-2 124M with its own settings, of which dropout 0.1 is one, and random weights."""
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config()).to(device, dtype)
 
 
 def seconds_to_read(bytes: int, device) -> float:
@@ -150,14 +150,9 @@ class Step:
         self.config = train.TrainConfig(
             **dict(vocab_size=50257, batch_size=batch_size, micro_batch_size=batch_size) | settings
         )
-        self.device, self.dtype = choose_device(self.config.device, self.config.dtype)
+        self.device, _, self.autocast, self.scaler = train.precision(self.config)
         self.gpt = GPT(GPTConfig(**self.config.model_args())).to(self.device).train()
         self.optimizers = train.make_optimizers(self.gpt, self.config)
-        mixed = self.dtype != torch.float32
-        self.autocast = torch.autocast(
-            self.device.type, self.dtype, enabled=mixed, cache_enabled=False
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.model = train.compiled(self.gpt, self.config, self.device, self.autocast)
         shape = (batch_size, self.config.context_length)
         self.batch = [torch.randint(50257, shape, device=self.device) for _ in range(2)]
@@ -233,8 +228,7 @@ def training(rounds: int) -> dict[str, float]:
     sides["matrix products alone"] = matrix_products(ours.config, B, device, dtype)
 
     def theirs(autocast):
-        config = transformers.GPT2Config()  # dropout 0.1
-        gpt = transformers.GPT2LMHeadModel(config).to(device).train()
+        gpt = hugging_face(device, torch.float32).train()
         optimizer = torch.optim.AdamW(gpt.parameters(), lr=6e-4, weight_decay=0.1)
         model = torch.compile(gpt) if device.type == "cuda" else gpt
 
@@ -250,7 +244,8 @@ def training(rounds: int) -> dict[str, float]:
 
     if transformers is not None:
         sides["Hugging Face, float32"] = theirs(False)
-        sides["Hugging Face, bfloat16 autocast"] = theirs(True)
+        if dtype == torch.bfloat16:  # others need half a minute for a step in it
+            sides["Hugging Face, bfloat16 autocast"] = theirs(True)
     seconds = take_turns(sides, rounds)
     found = {f"{name}: seconds": value for name, value in seconds.items()}
     mine = seconds["this project"]
@@ -258,13 +253,18 @@ def training(rounds: int) -> dict[str, float]:
     for name, value in seconds.items():
         if name != "this project":
             found[f"{name} / this project"] = value / mine
-    peak = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
     for card, flops in train.PEAK_FLOPS.items():
-        if card in peak and not any(key.endswith("MFU") for key in found):
-            found["this project: MFU"] = B * T / mine * ours.gpt.flops_per_token() / flops
+        if re.search(rf"\b{card}\b", name):
+            found[f"MFU as of {card}"] = B * T / mine * ours.gpt.flops_per_token() / flops
     phases = [ours.phases() for _ in range(rounds + 1)][1:]
     for name in phases[0]:
         found[f"{name}: seconds"] = statistics.median(phase[name] for phase in phases)
+    for name, value in data(rounds).items():
+        found[f"get_batch {name.removesuffix(': ms')}: share of the step"] = value / 1000 / mine
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        settings = dict(batch_size=B, context_length=T, dropout=0.1)
+        found["peak memory: GB"] = pool.apply(measure, (settings,))[1]
     return found
 
 
@@ -333,7 +333,7 @@ def main():
     for name, rows in found.items():
         print(f"\n{name}: {PARTS[name].__doc__.splitlines()[0]}")
         for label, value in rows.items():
-            print(f"  {label:<56} {value:>10,.2f}")
+            print(f"  {label:<56} {value:>12,.4g}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -476,6 +477,56 @@ def test_weights_bring_their_shape_and_may_see_less(command, dataset):
     assert GPT.from_checkpoint("out/model.ckpt").config.context_length == 9
 
 
+def test_a_run_from_weights_is_resumed_by_what_it_says(command, dataset, monkeypatch):
+    command("train.py", *TINY, "--out_dir=a")
+    argv = ["--dataset=words", "--init_from=a/model.ckpt", "--out_dir=b", "--sample_prompt="]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        code, out, _ = command("train.py", *argv, "--max_iters=5")
+    assert code == 130
+    words = shlex.split(out.splitlines()[-1].removeprefix("to go on: python train.py "))
+    code, out, err = command("train.py", *words)
+    assert (code, err) == (0, "") and "changed since" not in out
+    assert torch.load("b/model.ckpt", weights_only=True)["step"] == 5
+
+
+def test_a_loss_without_a_number_is_skipped_with_a_scaler_too(command, dataset, monkeypatch):
+    """An infinite loss whose gradient is finite, which the scaler alone would not notice."""
+    original = GPT.forward
+
+    def forward(self, idx, targets=None, **options):
+        loss = original(self, idx, targets, **options)
+        return loss + math.inf if self.training and targets is not None else loss
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    assert command("train.py", *TINY, "--dtype=float16", "--max_iters=1")[0] == 0
+    torch.manual_seed(1337)
+    first = GPT(GPTConfig(257, 16, 2, 2, 16)).state_dict()
+    after = torch.load("out/model.ckpt", weights_only=True)["model"]
+    assert all(torch.equal(first[name], after[name]) for name in first)
+
+
+def test_a_resume_at_step_0_has_one_line_of_it(command, dataset, monkeypatch):
+    original = train.estimate_loss
+
+    def estimate_loss(*args):
+        signal.raise_signal(signal.SIGINT)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "estimate_loss", estimate_loss)
+        assert command("train.py", *TINY)[0] == 130
+    assert command("train.py", *TINY, "--init_from=resume")[0] == 0
+    assert [line["step"] for line in metrics()].count(0) == 1
+
+
+def test_what_is_refused_leaves_an_earlier_run_alone(command, dataset, folder, monkeypatch):
+    command("train.py", *TINY)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert command("train.py", *TINY, "--wandb")[0] == 2
+    assert (folder / "out/model.ckpt").exists() and len(metrics()) == 9
+
+
 def test_a_second_signal_of_any_kind_stops_at_once():
     before = signal.getsignal(signal.SIGTERM)
     with train.Stop() as stop:
@@ -486,14 +537,15 @@ def test_a_second_signal_of_any_kind_stops_at_once():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_compile_that_cannot_be_had(command, dataset, monkeypatch):
+@pytest.mark.parametrize("message", ["no C compiler\nand many more lines", ""])
+def test_compile_that_cannot_be_had(command, dataset, monkeypatch, message):
     def refuse(*args, **kwargs):
-        raise RuntimeError("no C compiler\nand many more lines")
+        raise RuntimeError(message)
 
     monkeypatch.setattr(torch, "compile", lambda model, **options: refuse)
     code, out, err = command("train.py", *TINY, "--compile")
     assert (code, err) == (0, "")
-    assert "not compiled, training is slower for it: no C compiler\n" in out
+    assert "not compiled, training is slower for it: " in out and "many more" not in out
 
 
 def test_where_the_time_went(command, dataset):
@@ -516,7 +568,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(command, dataset, m
     """Of six updates the third is poisoned: the run is that of the five others."""
     original = GPT.forward
 
-    def run(poisoned, out):
+    def run(poisoned, out, *argv):
         calls = []
 
         def forward(self, idx, targets=None):
@@ -528,7 +580,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(command, dataset, m
             return loss
 
         monkeypatch.setattr(GPT, "forward", forward)
-        return command("train.py", *TINY, f"--out_dir={out}", "--lr_schedule=constant")
+        return command("train.py", *TINY, f"--out_dir={out}", "--lr_schedule=constant", *argv)
 
     code, out, _ = run({3}, "a")
     assert code == 0 and "skipped 1 of the updates" in out
@@ -538,9 +590,16 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(command, dataset, m
     assert all(x.isfinite().all() for x in ckpt["model"].values())
     assert ckpt["optimizer"]["transformer.wte.weight"]["step"] == 5
 
-    # The weights that several skipped updates follow may be the ones to blame: they are not saved.
-    code, out, err = run(range(4, 100), "b")
-    assert code == 1 and "NOT SAVED: the last 3 updates were skipped" in out
+    # The weights that several skipped updates follow may be the ones to blame, or may not: both
+    # they and the checkpoint before are kept.
+    code, out, err = run(range(4, 100), "b", "--checkpoint_interval=2")
+    assert code == 0 and "b/model.ckpt not saved" not in out
+    assert "the last 3 updates were skipped; model.ckpt.bak is of before them" in out
+    for name, step in (("model.ckpt", 6), ("model.ckpt.bak", 4)):
+        assert torch.load(f"b/{name}", weights_only=True)["step"] == step
+    assert (
+        run(range(2, 100), "c", "--checkpoint_interval=4")[1].count("c/model.ckpt not saved") == 1
+    )
 
 
 def poison(monkeypatch, first, last=10**9):
