@@ -33,6 +33,6 @@ beta2 = 0.95
 grad_clip = 1.0
 
 log_interval = 3
-eval_interval = 9  # once an epoch
+eval_interval = 18  # every second epoch
 eval_iters = 20  # more than both splits have: they are seen whole
 sample_prompt = "Every effort moves you"
