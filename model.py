@@ -91,8 +91,8 @@ class Cache:
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """`x` with a share `p` of its elements zeroed and the others scaled up to make good for it.
 
-    PyTorch's takes one random number for each element, drawn by a single thread on a CPU; here
-    a number of 64 bits does for four elements, which makes `p` a multiple of 1/65,536.
+    PyTorch's draws a random number for each element, which is most of its time on a CPU; here a
+    number of 64 bits does for four elements, which makes `p` a multiple of 1/65,536.
     """
     if not x.is_cpu:
         return F.dropout(x, p)
@@ -134,7 +134,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, H, all tokens so far, D)
             mask = cache.mask
-        if self.training and self.dropout and x.is_cpu:  # as below, where that is slower
+        if self.training and self.dropout and x.is_cpu:  # written out, which is faster there
             later = torch.ones(T, T, dtype=torch.bool).triu(1)
             scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(later, -math.inf)
             y = dropout(scores.softmax(dim=-1), self.dropout) @ v  # (B, H, T, T) @ (B, H, T, D)
@@ -183,7 +183,7 @@ class GPT(nn.Module):
     """Token ids in, a score for every possible next token out."""
 
     checkpoint: dict | None = None  # what else was in the file that the weights are from
-    recompute = False  # activations in the backward pass, instead of keeping them: slower, smaller
+    recompute = False  # activations in the backward pass, instead of keeping them in memory
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -645,7 +645,7 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
     if found.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return found, torch.bfloat16 if native else torch.float16
-    # In bfloat16 a CPU is twice as fast if it has instructions for it (AVX512-BF16, AMX, Arm's
-    # BF16), and several times slower if it has not.
+    # A CPU gains by bfloat16 only with instructions for it (AVX512-BF16, AMX, Arm's BF16); without
+    # them its matrix products are several times slower than in float32.
     native = any(has for name, has in torch.cpu.get_capabilities().items() if "bf16" in name)
     return found, torch.bfloat16 if found.type == "cpu" and native else torch.float32

@@ -299,10 +299,11 @@ def save_dataset(folder: Path, splits: dict[str, np.ndarray], meta: dict):
 
 
 def finish_saving(folder: Path, meta: dict):
-    """Rename the .bin files that `meta` has been waiting for."""
+    """Rename the .bin files that `meta` has been waiting for; others may be of any dtype."""
     for split in ("train", "val"):
         new, expected = folder / f"{split}.bin.new", meta.get(f"{split}_fingerprint")
-        if new.exists() and fingerprint(map_ids(new, meta["dtype"])) == expected:
+        whole = new.exists() and new.stat().st_size % np.dtype(meta["dtype"]).itemsize == 0
+        if whole and fingerprint(map_ids(new, meta["dtype"])) == expected:
             os.replace(new, folder / f"{split}.bin")
 
 
@@ -315,7 +316,10 @@ def read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
     try:
         if path.exists():
-            meta |= dict(**json.loads(path.read_text(encoding="utf-8")))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError("it is no JSON object")
+            meta |= found
             if meta["dtype"] not in ("uint16", "uint32"):
                 raise ValueError(f"dtype is {meta['dtype']}")
             for name in ("vocab_size", "train_tokens", "val_tokens"):

@@ -70,7 +70,7 @@ class TrainConfig(GPTConfig):
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a name such as cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: bool | None = None  # torch.compile the model; none: on a GPU
-    recompute: bool = False  # activations in the backward pass: less memory, a third slower
+    recompute: bool = False  # activations in the backward pass: less memory, more time
 
     def __post_init__(self):
         GPTConfig(**self.model_args() | ({} if self.vocab_size is not None else {"vocab_size": 1}))
@@ -519,9 +519,15 @@ def update(model, optimizers, scaler, autocast, batch, config, step):
 
 
 # bfloat16 or float16 FLOP/s of a card without sparsity, as NVIDIA's data sheets say.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12}
-PEAK_FLOPS |= {"B200": 2250e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12, "L4": 121e12}
-PEAK_FLOPS |= {"V100": 125e12, "T4": 65e12, "4090": 165e12, "3090": 71e12}
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12}
+PEAK_FLOPS |= {"H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+PEAK_FLOPS |= {"V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+
+
+def peak_flops(card: str) -> float | None:
+    """Peak FLOP/s of the GPU that PyTorch calls `card`; None for one that is not in the table."""
+    names = (name for name in PEAK_FLOPS if re.search(rf"\b{name}\b(?!.*Laptop)", card))
+    return PEAK_FLOPS.get(next(names, ""))
 
 
 class Run:
@@ -691,9 +697,10 @@ class Run:
 
     def utilization(self, rate: float) -> str:
         """The share of its peak that a known GPU reaches at `rate` tokens per second (MFU)."""
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        peak = next((f for card, f in PEAK_FLOPS.items() if re.search(rf"\b{card}\b", name)), None)
-        if peak is None or self.dtype == torch.float32:
+        if self.device.type != "cuda" or self.dtype == torch.float32:
+            return ""
+        peak = peak_flops(torch.cuda.get_device_name(self.device))
+        if peak is None:
             return ""
         return f"  MFU {rate * self.gpt.flops_per_token() / peak:.0%}"
 

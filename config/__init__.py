@@ -33,7 +33,7 @@ def user_errors():
 
 def run(main):
     """Call `main(argv)` for a script; a UserError ends in one line, Ctrl-C without a traceback."""
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # one that is closed is None
         stream.reconfigure(errors="replace")  # a terminal that lacks a character gets another
     try:
         main(sys.argv[1:])

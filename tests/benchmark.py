@@ -14,7 +14,6 @@ import json
 import multiprocessing
 import os
 import platform
-import re
 import statistics
 import sys
 import tempfile
@@ -253,10 +252,8 @@ def training(rounds: int) -> dict[str, float]:
     for name, value in seconds.items():
         if name != "this project":
             found[f"{name} / this project"] = value / mine
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    for card, flops in train.PEAK_FLOPS.items():
-        if re.search(rf"\b{card}\b", name):
-            found[f"MFU as of {card}"] = B * T / mine * ours.gpt.flops_per_token() / flops
+    if device.type == "cuda" and (peak := train.peak_flops(torch.cuda.get_device_name(device))):
+        found["this project: MFU"] = B * T / mine * ours.gpt.flops_per_token() / peak
     phases = [ours.phases() for _ in range(rounds + 1)][1:]
     for name in phases[0]:
         found[f"{name}: seconds"] = statistics.median(phase[name] for phase in phases)

@@ -181,6 +181,19 @@ def test_a_meta_json_that_makes_no_sense(dataset, text):
         prepare.load_dataset("words")
 
 
+def test_half_a_dataset_of_another_dtype_lying_about(command, folder, monkeypatch):
+    """A kill may leave it beside a dataset of four-byte ids, which stays as good as it was."""
+    (folder / "one.txt").write_text(words(300))
+    assert command("prepare.py", "one.txt", "--tokenizer", "bytes")[0] == 0
+    dataset = folder / "data/one"
+    meta = json.loads((dataset / "meta.json").read_text())
+    wide = {x: np.array(read(dataset, x), "<u4") for x in ("train", "val")}
+    prepare.save_dataset(dataset, wide, {x: meta[x] for x in list(meta)[:6]} | {"dtype": "uint32"})
+    (dataset / "train.bin.new").write_bytes(bytes(6))  # three ids of two bytes
+    splits, _ = prepare.load_dataset("one")
+    assert all(np.array_equal(splits[x], wide[x]) for x in wide)
+
+
 def test_an_interrupted_write_leaves_the_old_file(folder):
     path = folder / "file"
     path.write_bytes(b"old")

@@ -131,6 +131,14 @@ def test_the_prompt_loop(command, trained):
         assert f"> \n{prompt}\r\n{text.rstrip(chr(10))}\r\n" in seen
 
 
+def test_outputs_that_are_closed_or_cut_short(trained, folder):
+    sample = [sys.executable, str(ROOT / "sample.py"), "--start=a"]
+    for shell_words in ('exec "$@" >&-', '"$@" | head -c 1'):
+        words = ["bash", "-c", f"set -o pipefail; {shell_words}", "_", *sample]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), shell_words
+
+
 def test_a_prompt_that_is_too_long(command, trained):
     code, out, err = command("sample.py", f"--start={'a' * 20}", "--max_new_tokens=3")
     assert code == 0 and out.startswith("a" * 20)

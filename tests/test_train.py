@@ -548,6 +548,25 @@ def test_compile_that_cannot_be_had(command, dataset, monkeypatch, message):
     assert "not compiled, training is slower for it: " in out and "many more" not in out
 
 
+@pytest.mark.parametrize(
+    "card, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", None),
+        ("Quadro T400", None),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_peak_of_a_card_is_its_own_or_none(card, peak):
+    assert train.peak_flops(card) == peak
+
+
 def test_where_the_time_went(command, dataset):
     _, out, _ = command("train.py", *TINY)
     line = next(line for line in out.splitlines() if line.startswith("6 updates in"))
