@@ -361,13 +361,13 @@ def check_memory(config: TrainConfig, device: torch.device):
 
 def keep_old(out_dir: Path):
     """Make way for a new run: what an earlier one left stays, with .bak at the end of its name."""
+    names = ["best.ckpt"]  # all that a run which never came to save may leave of worth
     if (out_dir / "model.ckpt").exists():
-        for name in ("model.ckpt", "best.ckpt", "metrics.jsonl"):
-            if (out_dir / name).exists():
-                os.replace(out_dir / name, out_dir / f"{name}.bak")
+        names += ["model.ckpt", "metrics.jsonl"]
         say(f"{(out_dir / 'model.ckpt').as_posix()} of an earlier run is now model.ckpt.bak")
-    for name in ("best.ckpt", "metrics.jsonl"):  # of a run that never came to save
-        (out_dir / name).unlink(missing_ok=True)
+    for name in names:
+        if (out_dir / name).exists():
+            os.replace(out_dir / name, out_dir / f"{name}.bak")
 
 
 class Metrics:

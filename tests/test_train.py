@@ -346,6 +346,15 @@ def test_a_fresh_run_that_never_saved_leaves_nothing_to_resume(command, dataset,
     assert len(metrics("out", "metrics.jsonl.bak")) == 9
 
 
+def test_the_best_of_a_run_that_never_saved_is_kept(command, dataset, folder):
+    command("train.py", *TINY, "--save_best")
+    best = (folder / "out/best.ckpt").read_bytes()
+    os.remove("out/model.ckpt")  # as if it had been killed before
+    command("train.py", *TINY)
+    assert (folder / "out/best.ckpt.bak").read_bytes() == best
+    assert not (folder / "out/best.ckpt").exists()  # it is not this run's
+
+
 def without(*path):
     """A change that takes something out of a checkpoint."""
 
@@ -499,7 +508,8 @@ def test_a_loss_without_a_number_is_skipped_with_a_scaler_too(command, dataset, 
         return loss + math.inf if self.training and targets is not None else loss
 
     monkeypatch.setattr(GPT, "forward", forward)
-    assert command("train.py", *TINY, "--dtype=float16", "--max_iters=1")[0] == 0
+    argv = ["--dtype=float16", "--max_iters=1", "--warmup_iters=0"]  # or else its rate is 0
+    assert command("train.py", *TINY, *argv)[0] == 0
     torch.manual_seed(1337)
     first = GPT(GPTConfig(257, 16, 2, 2, 16)).state_dict()
     after = torch.load("out/model.ckpt", weights_only=True)["model"]
