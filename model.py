@@ -41,6 +41,12 @@ class GPTConfig:
     qkv_bias: bool = True  # biases of queries, keys and values too (the book: no)
     tie_weights: bool = True  # output head and token embedding are one matrix (the book: no)
     embedding_std: float = 0.02  # spread of the initial embeddings (PyTorch's own, the book's: 1)
+    # Model, newer than GPT-2 (config/modern.py sets them)
+    rotary: bool = False  # positions turn queries and keys (Su et al. 2021), in place of wpe
+    rms_norm: bool = False  # divide by the root mean square (Zhang & Sennrich 2019), no gains
+    qk_norm: bool = False  # normalise queries and keys (Henry et al. 2020)
+    squared_relu: bool = False  # in place of GELU (So et al. 2021, "Primer")
+    zero_init: bool = False  # branches and an untied head add nothing at first (Zhang et al. 2019)
 
     def __post_init__(self):
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
@@ -52,6 +58,8 @@ class GPTConfig:
             raise ValueError(f"embedding_std is {self.embedding_std}; it must be at least 0")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.rotary and self.n_embd // self.n_head % 2:
+            raise ValueError("rotary needs an even number of channels in a head: n_embd / n_head")
 
 
 class Cache:
@@ -114,6 +122,30 @@ class Dropout(nn.Module):
         return dropout(x, self.p) if self.training and self.p else x
 
 
+def norm(config: GPTConfig, channels: int) -> nn.Module:
+    """The normalisation of a model: LayerNorm, or RMSNorm without parameters."""
+    if config.rms_norm:
+        return nn.RMSNorm(channels, eps=1e-5, elementwise_affine=False)
+    return nn.LayerNorm(channels, eps=1e-5, bias=config.bias)
+
+
+def rotation(positions: torch.Tensor, D: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine (T, D/2) of the angles by which `rotate` turns what is at `positions` (T,).
+
+    Pair i of a head's channels turns by 10,000^(-2i/D) from a position to the next.
+    """
+    frequencies = 10_000.0 ** -(torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
+    angles = positions[:, None] * frequencies  # (T, D/2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn queries or keys `x` (B, H, T, D), whose pairs are channels i and i + D/2."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    left, right = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
 class CausalSelfAttention(nn.Module):
     """Every position gathers from itself and those before it (Vaswani et al. 2017, section 3.2)."""
 
@@ -125,11 +157,16 @@ class CausalSelfAttention(nn.Module):
         self.dropout = config.dropout
         self.c_attn = nn.Linear(C, 3 * C, bias=config.bias and config.qkv_bias)
         self.c_proj = nn.Linear(C, C, bias=config.bias)
+        self.qk_norm = config.qk_norm
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache=None, angles=None) -> torch.Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
         mask = None
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, H, all tokens so far, D)
@@ -155,26 +192,30 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.squared_relu = config.squared_relu
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.c_fc(x)  # (B, T, 4C)
-        x = F.gelu(x, approximate="tanh")  # OpenAI's form of GELU (Hendrycks & Gimpel 2016)
+        if self.squared_relu:
+            x = F.relu(x).square()
+        else:
+            x = F.gelu(x, approximate="tanh")  # OpenAI's form of GELU (Hendrycks & Gimpel 2016)
         return self.c_proj(x)  # (B, T, C)
 
 
 class Block(nn.Module):
-    """Attention, then MLP; each adds to the residual stream what it read through a LayerNorm."""
+    """Attention, then MLP; each adds to the residual stream what it read through a norm."""
 
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.ln_1 = norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.ln_2 = norm(config, config.n_embd)
         self.mlp = MLP(config)
         self.drop = Dropout(config.dropout)
 
-    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        x = x + self.drop(self.attn(self.ln_1(x), cache))
+    def forward(self, x: torch.Tensor, cache=None, angles=None) -> torch.Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), cache, angles))
         x = x + self.drop(self.mlp(self.ln_2(x)))
         return x
 
@@ -194,7 +235,7 @@ class GPT(nn.Module):
                 wpe=nn.Embedding(config.context_length, config.n_embd),
                 drop=Dropout(config.dropout),
                 h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
+                ln_f=norm(config, config.n_embd),
             )
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -202,6 +243,10 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
         for embedding in (self.transformer.wte, self.transformer.wpe):
             nn.init.normal_(embedding.weight, std=config.embedding_std)
+        if config.rotary:
+            del self.transformer.wpe
+        if config.zero_init and not config.tie_weights:
+            nn.init.zeros_(self.lm_head.weight)
 
     def _tie_weights(self):
         if self.config.tie_weights:  # Press & Wolf 2017, "Using the Output Embedding"
@@ -214,7 +259,8 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, (CausalSelfAttention, MLP)):  # after its own Linears
-            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
+            nn.init.normal_(module.c_proj.weight, std=std)
 
     def forward(
         self,
@@ -230,13 +276,20 @@ class GPT(nn.Module):
         """
         T = idx.shape[1]
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions
-        x = self.transformer.wte(idx) + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
+        x, angles = self.transformer.wte(idx), None  # (B, T, C)
+        if self.config.rotary:
+            angles = rotation(positions, self.config.n_embd // self.config.n_head)
+        else:
+            x = x + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
+        if self.config.rms_norm:
+            x = self.transformer.ln_f(x)
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.recompute and self.training:  # Chen et al. 2016, "Sublinear Memory Cost"
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+                run = torch.utils.checkpoint.checkpoint
+                x = run(block, x, None, angles, use_reentrant=False)
             else:
-                x = block(x, cache)
+                x = block(x, cache, angles)
         if cache is not None:
             x = x[:, -1:]  # (B, 1, C): the next token needs no more
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
@@ -334,8 +387,10 @@ class GPT(nn.Module):
 
     def crop_context(self, context_length: int):
         """Forget the positions from `context_length` on."""
-        wpe, self.config.context_length = self.transformer.wpe, context_length
-        wpe.weight = nn.Parameter(wpe.weight[:context_length].clone())
+        self.config.context_length = context_length
+        if not self.config.rotary:
+            wpe = self.transformer.wpe
+            wpe.weight = nn.Parameter(wpe.weight[:context_length].clone())
 
     def num_parameters(self) -> int:
         """How many numbers are learned; a tied head counts once."""
@@ -427,7 +482,13 @@ class GPT(nn.Module):
         return model
 
     def save_pretrained(self, folder: str, tokenizer: str):
-        """Write config.json and model.safetensors, which GPT2LMHeadModel.from_pretrained reads."""
+        """Write config.json and model.safetensors, which GPT2LMHeadModel.from_pretrained reads.
+
+        Raises ValueError for a model that is no GPT-2.
+        """
+        for field, feature in NOT_GPT2.items():
+            if getattr(self.config, field):
+                raise ValueError(f"not expressible as GPT-2: {feature} ({field})")
         save_file = import_extra("safetensors.torch").save_file
         config, state = self.config, self.state_dict()
         for name, module in self.transformer.named_modules(prefix="transformer"):
@@ -498,6 +559,14 @@ HUGGING_FACE = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
+}
+
+# Fields that no GPT-2 has, in words.
+NOT_GPT2 = {
+    "rotary": "rotary positions",
+    "rms_norm": "RMSNorm",
+    "qk_norm": "normalised queries and keys",
+    "squared_relu": "squared ReLU",
 }
 
 # Matrices that OpenAI wrote (in, out) where nn.Linear has (out, in).

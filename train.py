@@ -46,14 +46,20 @@ class TrainConfig(GPTConfig):
     seed: int = 1337  # weights, order of the data and dropout follow from it
     # Updates
     max_iters: int = 1000  # updates in all
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the matrices in the blocks alone
     learning_rate: float = 6e-4  # the highest learning rate
-    lr_schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
+    embedding_learning_rate: float = 6e-4  # with muon: of embeddings, biases and gains
+    head_learning_rate: float = 6e-4  # with muon: of an untied head of 128 channels, less of more
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up
     warmup_iters: int = 100  # updates over which the learning rate rises in a line
     initial_lr: float = 0.0  # learning rate of the first update
-    min_lr: float = 6e-5  # learning rate at the end of the cosine
+    min_lr: float = 6e-5  # learning rate at the end of cosine and wsd
+    cooldown_fraction: float = 0.5  # of all updates: the last, over which wsd falls to min_lr
     weight_decay: float = 0.1  # on matrices alone
     beta1: float = 0.9  # AdamW's decay of the mean gradient
     beta2: float = 0.95  # and of its square
+    momentum: float = 0.95  # Muon's decay of the mean gradient
+    muon_interval: int = 1  # updates in which Muon takes each matrix once
     grad_clip: float = 1.0  # longest gradient, as a norm over all parameters; 0: any length
     max_skipped: int = 10  # updates in a row whose loss is not finite before training stops
     # Reports
@@ -77,15 +83,18 @@ class TrainConfig(GPTConfig):
         if self.micro_batch_size is None:
             self.micro_batch_size = self.batch_size
         at_least_1 = "batch_size micro_batch_size max_iters log_interval eval_interval eval_iters "
-        at_least_1 += "checkpoint_interval max_skipped"
-        at_least_0 = "seed warmup_iters learning_rate initial_lr min_lr weight_decay grad_clip"
+        at_least_1 += "checkpoint_interval max_skipped muon_interval"
+        at_least_0 = "seed warmup_iters learning_rate initial_lr min_lr weight_decay grad_clip "
+        at_least_0 += "embedding_learning_rate head_learning_rate"
         for least, names in ((1, at_least_1), (0, at_least_0)):
             for name in names.split():
                 if not least <= getattr(self, name) < math.inf:
                     raise ValueError(f"{name} is {getattr(self, name)}; the least is {least}")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        if not 0 < self.cooldown_fraction <= 1:
+            raise ValueError(f"cooldown_fraction is {self.cooldown_fraction}; it must be in (0, 1]")
 
     def model_args(self) -> dict:
         """The fields of GPTConfig among the settings."""
@@ -181,14 +190,21 @@ def check_ids(tokens: torch.Tensor, config: TrainConfig) -> torch.Tensor:
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up, then cosine (book, appendix D)."""
+    """Learning rate of update `step` (from 0): linear warm-up, then cosine (book, appendix D).
+
+    That of `learning_rate`; the groups that have a rate of their own follow in proportion.
+    """
     if step < config.warmup_iters:
         rise = (config.learning_rate - config.initial_lr) / config.warmup_iters
         return config.initial_lr + step * rise
     if config.lr_schedule == "constant":
         return config.learning_rate
-    progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-    share = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+    if config.lr_schedule == "wsd":  # warm-up, stable, decay (Hu et al. 2024, "MiniCPM")
+        share = (config.max_iters - step) / (config.cooldown_fraction * config.max_iters)
+        share = min(1, max(0, share))
+    else:
+        progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+        share = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
     return config.min_lr + (config.learning_rate - config.min_lr) * share
 
 
@@ -461,11 +477,101 @@ def precision(config: TrainConfig):
     )
 
 
+def set_lr(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig):
+    """Let every group have its share of the learning rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(step, config) * group["share"]
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's, but for three things.
+
+    Its products are in `dtype`; theirs in bfloat16, which many CPUs are slow at. Queries, keys and
+    values are matrices of their own. And as the mean gradient changes little from one update to the
+    next, each matrix has its turn in one of `interval` updates alone, with a step as many times as
+    long: where batches are small, this optimizer would cost as much as the gradients.
+    """
+
+    def __init__(self, params, dtype: torch.dtype, interval: int = 1, **settings):
+        super().__init__(params, **settings)
+        self.dtype, self.interval = dtype, interval
+        self.number = 0  # of the update
+        self.found_inf = torch.tensor(0.0)  # 1 where it is to do nothing
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"] * (1 - self.found_inf) * self.interval, group["momentum"]
+            by_shape = {}  # matrices of one shape go through together
+            for index, p in enumerate(group["params"]):
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                mean = state["momentum_buffer"]
+                grad = torch.where(self.found_inf > 0, mean, p.grad)
+                mean.lerp_(grad, 1 - momentum)
+                if (self.number + index) % self.interval == 0:
+                    update = grad.lerp(mean, momentum)  # Nesterov's
+                    by_shape.setdefault(p.shape, []).append((p, update))
+            for (rows, columns), pairs in by_shape.items():
+                params, updates = zip(*pairs)
+                shape = (-1, columns, columns) if rows == 3 * columns else (-1, rows, columns)
+                updates = torch.stack(updates).view(shape)
+                updates = orthogonal(updates.to(self.dtype), group["ns_steps"])
+                for p, update in zip(params, updates.view(-1, rows, columns)):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.sub_(lr * math.sqrt(max(1, shape[1] / columns)) * update)
+
+
+def orthogonal(x: torch.Tensor, steps: int) -> torch.Tensor:
+    """The orthogonal matrices nearest to `x` (..., M, N): all singular values 0.7 to 1.2.
+
+    Newton and Schulz's iteration, as in Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
+    """
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    if tall := x.shape[-2] > x.shape[-1]:
+        x = x.mT
+    for _ in range(steps):
+        A = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * A + 2.0315 * A @ A) @ x
+    return x.mT if tall else x
+
+
 def make_optimizers(gpt: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """What turns gradients into updates."""
-    betas = (config.beta1, config.beta2)
-    groups = gpt.optimizer_groups(config.weight_decay)
-    return [torch.optim.AdamW(groups, config.learning_rate, betas=betas, fused=True)]
+    """AdamW for all parameters; or for some, and Muon for the matrices of the blocks.
+
+    The rate of a group is `share` times what `get_lr` says.
+    """
+    adamw = dict(betas=(config.beta1, config.beta2), fused=True)
+    if config.optimizer == "adamw":
+        groups = [group | {"share": 1.0} for group in gpt.optimizer_groups(config.weight_decay)]
+        return [torch.optim.AdamW(groups, config.learning_rate, **adamw)]
+    matrices = [p for p in gpt.transformer.h.parameters() if p.dim() == 2]
+    head = [] if config.tie_weights else [gpt.lm_head.weight]
+    known = {id(p) for p in matrices + head}
+    others = [p for p in gpt.parameters() if id(p) not in known]
+    rates = (
+        (others, config.embedding_learning_rate),
+        (head, config.head_learning_rate * 128 / config.n_embd),
+    )
+    groups = [
+        dict(params=params, weight_decay=0.0, share=rate / (config.learning_rate or 1))
+        for params, rate in rates
+        if params
+    ]
+    muon = Muon(
+        [dict(params=matrices, share=1.0)],
+        choose_device(str(gpt.lm_head.weight.device))[1],
+        config.muon_interval,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    return [torch.optim.AdamW(groups, **adamw), muon]
+
+
+# What each optimizer remembers of a parameter.
+OPTIMIZER_STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 
 
 def optimizer_state(gpt: GPT, optimizers: list) -> dict[str, dict]:
@@ -479,13 +585,14 @@ def load_optimizer_state(gpt: GPT, optimizers: list, saved: dict, step: int):
     owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
     for name, p in gpt.named_parameters():
         state = saved.get(name, {})
-        wanted = {"step", "exp_avg", "exp_avg_sq"} if step else set()
+        kind = type(owner[p]).__name__
+        wanted = OPTIMIZER_STATE[kind] if step else set()
         if not isinstance(state, dict) or not wanted <= state.keys():
-            raise ValueError(f"the optimizer's state of {name} is missing")
+            raise ValueError(f"{kind}'s state of {name} is missing")
         for key, value in state.items():
             shape = torch.Size() if key == "step" else p.shape
             if not isinstance(value, torch.Tensor) or value.shape != shape:
-                raise ValueError(f"the optimizer's {key} of {name} does not fit it")
+                raise ValueError(f"{kind}'s {key} of {name} does not fit it")
         owner[p].state[p] = {key: value.to(p.device, torch.float32) for key, value in state.items()}
 
 
@@ -510,8 +617,8 @@ def update(model, optimizers, scaler, autocast, batch, config, step):
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
     skipped = (~(batch_loss + norm).isfinite()).float()
     for optimizer in optimizers:
-        # Fused optimizers do nothing where this is 1, and nobody waits for the device to know.
-        optimizer.found_inf = skipped
+        # They do nothing where this is 1, and nobody waits for the device to know.
+        optimizer.found_inf, optimizer.number = skipped, step
         optimizer.step()  # update
         optimizer.zero_grad()
     scaler.update()
@@ -630,9 +737,7 @@ class Run:
     def update(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Update number `step`; its loss and gradient norm."""
         batch = self.next_batch or self.get_batch()
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = get_lr(self.step, self.config)
+        set_lr(self.optimizers, self.step, self.config)
         how = (self.model, self.optimizers, self.scaler, self.autocast)
         loss, norm, skipped = update(*how, batch, self.config, self.step)
         self.step += 1

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import GPT, Cache, GPTConfig, dropout
+from model import GPT, Cache, GPTConfig, dropout, rotate, rotation
 
 SMALL = dict(vocab_size=50, context_length=8, n_layer=2, n_head=2, n_embd=16)
 
@@ -240,19 +240,30 @@ def lively(**changes) -> GPT:
     return gpt
 
 
+NEWER = dict(
+    rotary=True,
+    rms_norm=True,
+    qk_norm=True,
+    squared_relu=True,
+    zero_init=True,
+)  # fields that GPT-2 has not, and a value of each that says so
+COMBINATIONS = st.sets(st.sampled_from(list(NEWER))).map(lambda on: {x: NEWER[x] for x in on})
 SHAPES = dict(
     B=st.integers(1, 4),
     T=st.integers(1, 24),
     length=st.integers(1, 30),
     qkv_bias=st.booleans(),
     n_head=st.sampled_from([1, 2, 4]),
+    newer=COMBINATIONS,
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(**SHAPES)
-def test_the_cache_changes_no_token_until_the_context_is_full(B, T, length, qkv_bias, n_head):
-    gpt = lively(context_length=T, qkv_bias=qkv_bias, n_head=n_head)
+def test_the_cache_changes_no_token_until_the_context_is_full(
+    B, T, length, qkv_bias, n_head, newer
+):
+    gpt = lively(context_length=T, qkv_bias=qkv_bias, n_head=n_head, **newer)
     idx = torch.randint(50, (B, length))
     new = max(1, T - length + 1)  # the last of them is the first that does not fit
     expected = gpt.generate(idx, new, temperature=0, use_cache=False)
@@ -261,8 +272,8 @@ def test_the_cache_changes_no_token_until_the_context_is_full(B, T, length, qkv_
 
 @settings(max_examples=40, deadline=None)
 @given(**SHAPES)
-def test_a_full_cache_starts_again_from_half_of_the_context(B, T, length, qkv_bias, n_head):
-    gpt = lively(context_length=T, qkv_bias=qkv_bias, n_head=n_head)
+def test_a_full_cache_starts_again_from_half_of_the_context(B, T, length, qkv_bias, n_head, newer):
+    gpt = lively(context_length=T, qkv_bias=qkv_bias, n_head=n_head, **newer)
     expected = idx = torch.randint(50, (B, length))
     window = idx[:, -T:]
     for _ in range(2 * T + 3):
@@ -286,8 +297,10 @@ def test_one_refill_per_half_context(monkeypatch):
 
 
 @torch.no_grad()
-def test_the_static_cache_that_compiled_code_uses_gives_the_same_tokens():
-    gpt, idx = lively(), torch.randint(50, (3, 2))
+@settings(max_examples=20, deadline=None)
+@given(COMBINATIONS)
+def test_the_static_cache_that_compiled_code_uses_gives_the_same_tokens(newer):
+    gpt, idx = lively(**newer), torch.randint(50, (3, 2))
     caches = [Cache(gpt.config, 3, 8, gpt.lm_head.weight, static) for static in (False, True)]
     for new in (idx, idx[:, :1], idx[:, 1:], idx[:, :1]):
         for cache in caches:
@@ -388,11 +401,14 @@ def test_stream_leaves_the_model_as_it_was():
     assert gpt.training and torch.is_grad_enabled()
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 4), st.booleans(), st.booleans(), st.booleans())
-def test_any_small_shape_works(n_layer, n_head, bias, qkv_bias, tie_weights):
+BOOLEANS = (st.booleans(), st.booleans(), st.booleans())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 4), *BOOLEANS, COMBINATIONS)
+def test_any_small_shape_works(n_layer, n_head, bias, qkv_bias, tie_weights, newer):
     shape = dict(n_layer=n_layer, n_head=n_head, n_embd=4 * n_head)
-    gpt = small(**shape, bias=bias, qkv_bias=qkv_bias, tie_weights=tie_weights)
+    gpt = small(**shape, bias=bias, qkv_bias=qkv_bias, tie_weights=tie_weights, **newer)
     loss = gpt(torch.randint(50, (2, 8)), torch.randint(50, (2, 8)))
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in gpt.parameters())
@@ -405,11 +421,119 @@ def test_any_small_shape_works(n_layer, n_head, bias, qkv_bias, tie_weights):
         (dict(n_layer=0), "n_layer is 0; it must be at least 1"),
         (dict(vocab_size=-1), "vocab_size is -1"),
         (dict(dropout=1.0), "dropout is 1.0"),
+        (dict(n_embd=15, n_head=5, rotary=True), "rotary needs an even number of channels"),
     ],
 )
 def test_impossible_shapes(changes, message):
     with pytest.raises(ValueError, match=message):
         GPTConfig(**changes)
+
+
+# --- Newer than GPT-2 -----------------------------------------------------------------------------
+
+
+def test_rotary_scores_follow_from_the_distance_alone():
+    """And by hand: a pair of channels (a, b) at position p is a + bi, turned by p radians."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 8).unbind(0)
+    scores = [
+        (rotate(q, *rotation(torch.tensor([p]), 8)) * rotate(k, *rotation(torch.tensor([r]), 8)))
+        .sum()
+        .item()
+        for p, r in ((3, 1), (12, 10), (502, 500), (3, 2))
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5) == pytest.approx(scores[2], abs=1e-3)
+    assert abs(scores[0] - scores[3]) > 0.01
+    x = rotate(torch.tensor([3.0, 4.0]).view(1, 1, 1, 2), *rotation(torch.tensor([2]), 2))
+    turned = complex(3, 4) * complex(math.cos(2), math.sin(2))
+    assert x.flatten().tolist() == pytest.approx([turned.real, turned.imag], rel=1e-5)
+    slowest = rotate(torch.eye(8)[3].view(1, 1, 1, 8), *rotation(torch.tensor([7]), 8))
+    assert slowest[0, 0, 0, 7].item() == pytest.approx(math.sin(7 * 10_000**-0.75), rel=1e-5)
+
+
+def modern_by_hand(gpt: GPT, idx: torch.Tensor) -> torch.Tensor:
+    """The forward pass with every newer field for one sequence (T,), position by position."""
+    w = {name.removeprefix("transformer."): tensor for name, tensor in gpt.state_dict().items()}
+    C, heads = gpt.config.n_embd, gpt.config.n_head
+    D = C // heads
+
+    def norm(x):
+        return x / (x.square().mean() + 1e-5).sqrt()
+
+    def turned(x, position):
+        out = x.clone()
+        for i in range(D // 2):
+            angle = position * 10_000 ** (-2 * i / D)
+            cos, sin = math.cos(angle), math.sin(angle)
+            out[i] = x[i] * cos - x[i + D // 2] * sin
+            out[i + D // 2] = x[i + D // 2] * cos + x[i] * sin
+        return out
+
+    xs = [norm(w["wte.weight"][token]) for token in idx]
+    for n in range(gpt.config.n_layer):
+        h = f"h.{n}."
+        qkv = [w[h + "attn.c_attn.weight"] @ norm(x) for x in xs]
+        for t in range(len(xs)):
+            gathered = []
+            for s in (slice(i * D, (i + 1) * D) for i in range(heads)):
+                q = turned(norm(qkv[t][:C][s]), t)
+                ks = [turned(norm(qkv[u][C : 2 * C][s]), u) for u in range(t + 1)]
+                weights = torch.stack([q @ k / D**0.5 for k in ks]).softmax(0)
+                values = [qkv[u][2 * C :][s] for u in range(t + 1)]
+                gathered.append(sum(a * v for a, v in zip(weights, values)))
+            xs[t] = xs[t] + w[h + "attn.c_proj.weight"] @ torch.cat(gathered)
+        for t, x in enumerate(xs):
+            x = (w[h + "mlp.c_fc.weight"] @ norm(x)).clamp(min=0) ** 2
+            xs[t] = xs[t] + w[h + "mlp.c_proj.weight"] @ x
+    return torch.stack([w["lm_head.weight"] @ norm(x) for x in xs])
+
+
+@torch.no_grad()
+def test_forward_with_every_newer_field_is_what_is_written_out():
+    gpt = lively(**NEWER, bias=False, tie_weights=False)
+    idx = torch.randint(50, (2, 8))
+    expected = torch.stack([modern_by_hand(gpt, row) for row in idx])
+    torch.testing.assert_close(gpt(idx), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_every_newer_field_matters():
+    idx = torch.randint(50, (2, 8))
+    plain = lively()(idx)
+    for field, value in NEWER.items():
+        if field != "zero_init":
+            assert not torch.allclose(lively(**{field: value})(idx), plain, atol=1e-3), field
+
+
+def test_with_zero_init_all_tokens_are_equally_likely_at_first():
+    gpt, idx = small(zero_init=True, tie_weights=False), torch.randint(50, (2, 8))
+    assert gpt(idx, idx).item() == pytest.approx(math.log(50), rel=1e-6)
+    for name, p in gpt.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert not p.any(), name
+
+
+def test_a_model_with_rotary_positions_has_no_others():
+    gpt, idx = lively(rotary=True), torch.randint(50, (1, 5))
+    assert "transformer.wpe.weight" not in gpt.state_dict()
+    expected = gpt(idx)
+    gpt.crop_context(5)
+    assert torch.equal(gpt(idx), expected) and gpt.config.context_length == 5
+
+
+@settings(max_examples=20, deadline=None)
+@given(COMBINATIONS)
+def test_newer_models_pass_through_a_checkpoint(tmp_path_factory, newer):
+    gpt, path = lively(**newer), tmp_path_factory.mktemp("x") / "x.ckpt"
+    torch.save({"model": gpt.state_dict(), "model_args": SMALL | newer}, path)
+    idx = torch.randint(50, (2, 8))
+    assert torch.equal(GPT.from_checkpoint(path).eval()(idx), gpt(idx))
+
+
+@pytest.mark.parametrize("field", [x for x in NEWER if x != "zero_init"])
+def test_what_is_no_gpt2_is_not_exported(tmp_path, field):
+    with pytest.raises(ValueError, match=f"not expressible as GPT-2: .*({field})"):
+        small(**{field: NEWER[field]}).save_pretrained(str(tmp_path / "x"), "gpt2")
+    assert not (tmp_path / "x").exists()
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------

@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 import prepare
 import train
 from model import GPT, GPTConfig
+
+MODERN = [str(ROOT / "config/modern.py")]
 
 
 def metrics(folder="out", name="metrics.jsonl"):
@@ -120,6 +123,158 @@ def test_learning_rate_by_hand():
     config.lr_schedule = "constant"
     assert {train.get_lr(step, config) for step in range(18, 200)} == {5e-4}
     assert train.get_lr(0, train.TrainConfig(warmup_iters=0, learning_rate=1e-3)) == 1e-3
+
+
+def test_warmup_stable_decay_by_hand():
+    config = train.TrainConfig(
+        lr_schedule="wsd", max_iters=100, warmup_iters=10, learning_rate=0.02, min_lr=0.004
+    )
+    config.cooldown_fraction = 0.4
+    rate = [train.get_lr(step, config) for step in range(121)]
+    assert rate[5] == pytest.approx(0.01) and set(rate[10:61]) == {0.02}
+    assert rate[80] == pytest.approx(0.012)  # half-way down
+    assert rate[99] == pytest.approx(0.0044) and rate[100] == rate[120] == pytest.approx(0.004)
+
+
+# --- Optimizers -----------------------------------------------------------------------------------
+
+MUON = dict(optimizer="muon", learning_rate=0.02, embedding_learning_rate=0.006)
+MUON |= dict(head_learning_rate=0.004, n_layer=2, n_head=2, n_embd=16, vocab_size=50)
+
+
+@pytest.mark.parametrize("tie_weights", [False, True])
+def test_every_parameter_has_one_optimizer_and_its_own_rate(tie_weights):
+    config = train.TrainConfig(**MUON, tie_weights=tie_weights)
+    gpt = GPT(GPTConfig(**config.model_args()))
+    adamw, muon = train.make_optimizers(gpt, config)
+    groups = [(x, group) for x in (adamw, muon) for group in x.param_groups]
+    rates = {p: (type(x).__name__, group["share"]) for x, group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for _, group in groups) == len(list(gpt.parameters()))
+    for name, p in gpt.named_parameters():
+        expected = ("AdamW", 0.3)
+        if name.startswith("transformer.h.") and p.dim() == 2:
+            expected = ("Muon", 1)
+        if name == "lm_head.weight":
+            expected = ("AdamW", 0.2 * 128 / 16)  # falls with the channels
+        assert rates[p] == (expected[0], pytest.approx(expected[1])), name
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
+def test_muon_is_pytorchs(shape):
+    """But for queries, keys and values, and for the dtype: theirs is bfloat16, of two digits."""
+    torch.manual_seed(0)
+    start, options = torch.randn(shape), dict(lr=0.1, momentum=0.9, weight_decay=0.5)
+    mine, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    optimizers = [
+        train.Muon([mine], torch.float32, **options),
+        torch.optim.Muon([theirs], **options),
+    ]
+    for _ in range(3):
+        mine.grad = torch.randn(shape)
+        theirs.grad = mine.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(mine, theirs, atol=0.01, rtol=0.02)
+    assert (mine - start).abs().mean() > 0.1
+
+
+def test_muon_takes_queries_keys_and_values_apart():
+    torch.manual_seed(0)
+    options = dict(lr=0.1, momentum=0.9, weight_decay=0.0)
+    whole = torch.nn.Parameter(torch.zeros(48, 16))
+    parts = [torch.nn.Parameter(torch.zeros(16, 16)) for _ in range(3)]
+    whole.grad = torch.randn(48, 16) * torch.tensor([1.0, 9.0, 0.1]).repeat_interleave(16)[:, None]
+    for part, grad in zip(parts, whole.grad.split(16)):
+        part.grad = grad
+    for params in ([whole], parts):
+        train.Muon(params, torch.float32, **options).step()
+    torch.testing.assert_close(whole.detach(), torch.cat(parts).detach())
+
+
+def test_muon_takes_each_matrix_in_turn():
+    """With an interval of 2 the others wait; a step is then twice as long, of all gradients."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(2, 16, 16), torch.randn(4, 2, 16, 16)
+    options = dict(lr=0.01, momentum=0.9, weight_decay=0.5)
+    turns = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    each = [torch.nn.Parameter(matrix.clone()) for matrix in start]
+    taking_turns = train.Muon(turns, torch.float32, 2, **options)
+    always = train.Muon(each, torch.float32, **(options | dict(lr=0.02)))
+    for number in range(4):
+        before = [p.detach().clone() for p in turns]
+        for p, q, grad in zip(turns, each, grads[number]):
+            p.grad, q.grad = grad.clone(), grad.clone()
+        taking_turns.number = number
+        taking_turns.step()
+        mine, other = number % 2, 1 - number % 2
+        assert torch.equal(turns[other], before[other])
+        each[mine].data.copy_(before[mine])
+        always.step()
+        torch.testing.assert_close(turns[mine].detach(), each[mine].detach())
+        assert not torch.allclose(turns[mine], before[mine])
+
+
+@settings(max_examples=30, deadline=None)
+@given(rows=st.integers(1, 24), columns=st.integers(1, 24), seed=st.integers(0, 99))
+def test_orthogonal_matrices_have_singular_values_near_one(rows, columns, seed):
+    torch.manual_seed(seed)
+    u, _, v = torch.linalg.svd(torch.randn(rows, columns), full_matrices=False)
+    values = torch.linspace(0.1, 3, min(rows, columns))
+    out = train.orthogonal((u * values @ v)[None] * 1e-3, 5)[0]
+    found = torch.linalg.svdvals(out)
+    assert 0.3 < found.min() and found.max() < 1.3
+    assert out.shape == (rows, columns)
+    assert not train.orthogonal(torch.zeros(2, 3), 5).any()
+
+
+def test_a_skipped_update_leaves_weights_and_state_alone_in_muon_too():
+    config = train.TrainConfig(**MUON, context_length=8, batch_size=2)
+    gpt = GPT(GPTConfig(**config.model_args())).train()
+    optimizers = train.make_optimizers(gpt, config)
+    scaler, none = torch.amp.GradScaler("cpu", enabled=False), torch.autocast("cpu", enabled=False)
+
+    def step(number):
+        batch = torch.randint(50, (2, 2, 8)).unbind(0)
+        train.update(gpt, optimizers, scaler, none, batch, config, number)
+        return {"gpt": gpt.state_dict(), "optimizer": train.optimizer_state(gpt, optimizers)}
+
+    before = copy.deepcopy(step(0))
+    for parameter in (gpt.transformer.wte.weight, gpt.transformer.h[0].mlp.c_fc.weight):
+        hook = parameter.register_hook(lambda grad: grad * math.nan)
+        assert differences(before, step(1)) == []
+        hook.remove()
+    assert differences(before, step(2)) != []
+
+
+def test_a_run_with_muon_interrupted_is_the_run(command, dataset, folder, monkeypatch):
+    run = [*MODERN, *TINY, "--max_iters=20"]
+    assert command("train.py", *run, "--out_dir=whole")[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        assert command("train.py", *run, "--out_dir=parts")[0] == 130
+    code, out, _ = command("train.py", *run, "--out_dir=parts", "--init_from=resume")
+    assert code == 0 and "changed" not in out
+    assert metrics("whole") == metrics("parts")
+    ends = [torch.load(f"{x}/model.ckpt", weights_only=True) for x in ("whole", "parts")]
+    assert differences(*ends) == []
+    assert {frozenset(x) for x in ends[0]["optimizer"].values()} == {
+        frozenset(x) for x in train.OPTIMIZER_STATE.values()
+    }
+    assert command("sample.py", "--ckpt=whole/model.ckpt", "--start=a")[0] == 0
+    assert command("sample.py", "--ckpt=whole/model.ckpt", "--score=words.txt")[0] == 0
+    code, _, err = command("sample.py", "--ckpt=whole/model.ckpt", "--export=x")
+    assert code == 2 and "not expressible as GPT-2" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "first, second, name", [("adamw", "muon", "Muon"), ("muon", "adamw", "Ad")]
+)
+def test_resume_refuses_another_optimizer(command, dataset, folder, first, second, name):
+    assert command("train.py", *TINY, f"--optimizer={first}")[0] == 0
+    argv = [f"--optimizer={second}", "--init_from=resume", "--max_iters=9"]
+    code, _, err = command("train.py", *TINY, *argv)
+    assert code == 2 and "cannot be resumed: " + name in err and "is missing" in err
+    assert err.count("\n") == 1
 
 
 # --- Evaluation -----------------------------------------------------------------------------------
@@ -389,9 +544,9 @@ GAIN = "transformer.ln_f.weight"
         (put("step", value="x"), "has no step to resume with"),
         (put("step", value=-5), "has no step to resume with"),
         (put("step", value=2.5), "has no step to resume with"),
-        (put("optimizer", value={}), "the optimizer's state of transformer.wte.weight is missing"),
-        (put("optimizer", GAIN, value=3), f"the optimizer's state of {GAIN} is missing"),
-        (without("optimizer", GAIN, "exp_avg"), f"the optimizer's state of {GAIN} is missing"),
+        (put("optimizer", value={}), "AdamW's state of transformer.wte.weight is missing"),
+        (put("optimizer", GAIN, value=3), f"AdamW's state of {GAIN} is missing"),
+        (without("optimizer", GAIN, "exp_avg"), f"AdamW's state of {GAIN} is missing"),
         (put("optimizer", GAIN, "exp_avg", value=torch.zeros(1)), "exp_avg of"),
         (put("optimizer", GAIN, "step", value="x"), f"step of {GAIN} does not fit it"),
     ],

@@ -1,0 +1,205 @@
+"""How much config/modern.py learns from a token, beside GPT-2 with nanoGPT's settings.
+
+    python tests/learning.py                            1M parameters, three seeds
+    python tests/learning.py --size 10M --seeds 1       larger ones: 10M, 30M
+    python tests/learning.py --ablation                 the recipe with each ingredient taken out
+    python tests/learning.py stdlib                     on the text that settings were chosen on
+    python tests/learning.py my.txt --tokenizer gpt2    on your own
+
+Both sides see the same tokens in the same order. The recipe's rate falls at the end of its run, and
+the loss with it: what counts are whole runs of a few lengths, not a place on the way of a long one.
+Seconds are those of training alone; with one thread (OMP_NUM_THREADS=1) they are processor time, so
+that what else the machine does matters little.
+"""
+
+import argparse
+import math
+import os
+import statistics
+import sys
+import sysconfig
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import train  # noqa: E402  (before torch: it sets the environment)
+
+# isort: split
+import torch  # noqa: E402
+
+import config  # noqa: E402
+import prepare  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+MODERN = str(ROOT / "config/modern.py")
+
+# About so many parameters; batches and context as small as a CPU asks for. `max_iters` is the
+# baseline's.
+SIZES = {
+    "1M": dict(n_layer=4, n_head=4, n_embd=128, context_length=64, batch_size=12, max_iters=2000),
+    "10M": dict(n_layer=6, n_head=6, n_embd=384, context_length=128, batch_size=12, max_iters=400),
+    "30M": dict(n_layer=8, n_head=9, n_embd=576, context_length=128, batch_size=12, max_iters=200),
+}
+
+# https://github.com/karpathy/nanoGPT: the README's run on a CPU, train_shakespeare_char.py for the
+# rates. Its 100 updates of warm-up are of 2,000 or more; a shorter run has a twentieth.
+BASELINE = ["--bias=false", "--learning_rate=1e-3", "--min_lr=1e-4", "--weight_decay=0.1"]
+BASELINE += ["--beta2=0.99", "--lr_schedule=cosine", "--grad_clip=1.0", "--dropout=0.0"]
+
+SHARED = ["--eval_iters=40"]  # settings of both sides
+
+# What `--ablation` takes out: the settings that are changed for it.
+ABLATION = {
+    "rotary positions": ["--rotary=false"],
+    "RMSNorm": ["--rms_norm=false"],
+    "QK-norm": ["--qk_norm=false"],
+    "squared ReLU": ["--squared_relu=false"],
+    "zero initialisation": ["--zero_init=false"],
+    "untied head": ["--tie_weights=true"],
+    "Muon": ["--optimizer=adamw", "--learning_rate=2e-3"],
+    "warm-up, stable, decay": ["--lr_schedule=cosine"],
+}
+
+
+def open_text(text: str, tokenizer: str = "bytes") -> dict:
+    """The training and validation tokens of `text`: topics, stdlib, or a file's."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [os.path.abspath(text)]
+        if text == "stdlib":
+            paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        if text == "topics":
+            from pydoc_data.topics import topics
+
+            paths = [Path(folder) / f"{name}.txt" for name in topics]
+            for name, path in zip(topics, paths):
+                path.write_text(topics[name], encoding="utf-8")
+        before = os.getcwd()
+        os.chdir(folder)
+        try:
+            prepare.main([*map(str, paths), "--dataset=text", f"--tokenizer={tokenizer}"])
+            splits, meta = prepare.load_dataset("text")
+            SHARED.append(f"--vocab_size={meta['vocab_size']}")
+            return {name: ids[:].copy() for name, ids in splits.items()}
+        finally:
+            os.chdir(before)
+
+
+def settings(size: str, argv: list[str], share: float = 1.0) -> train.TrainConfig:
+    """The settings of a run of `share` of the baseline's updates."""
+    shape = SIZES[size] | dict(max_iters=max(1, round(SIZES[size]["max_iters"] * share)))
+    words = [f"--{name}={value}" for name, value in shape.items()]
+    if not argv[0].endswith(".py"):
+        words.append(f"--warmup_iters={min(100, shape['max_iters'] // 20)}")
+    return config.parse(train.TrainConfig, [*words, *SHARED, *argv])
+
+
+def learn(c: train.TrainConfig, splits: dict) -> tuple[int, float, float]:
+    """Train; updates, seconds of training, and the validation loss after it."""
+    device, _, autocast, scaler = train.precision(c)
+    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if one_thread else time.perf_counter
+    torch.manual_seed(c.seed)
+    gpt = GPT(GPTConfig(**c.model_args())).to(device).train()
+    model = train.compiled(gpt, c, device, autocast)
+    optimizers = train.make_optimizers(gpt, c)
+    options = {name: getattr(c, name) for name in ("batch_size", "context_length", "seed")}
+    started = clock()
+    for step in range(c.max_iters):
+        train.set_lr(optimizers, step, c)
+        batch = train.get_batch(splits["train"], step, **options)
+        batch = [tokens.to(device) for tokens in batch]
+        loss, *_ = train.update(model, optimizers, scaler, autocast, batch, c, step)
+    loss.item()  # waits for the device
+    seconds = clock() - started
+    val = {"val": splits["val"]}
+    return c.max_iters, seconds, train.estimate_loss(model, val, c, device, autocast)["val"]
+
+
+def compare(size: str, splits: dict, seeds: list[int], shares: list[float]):
+    """Print what both sides need to the baseline's loss, and the recipe after the baseline's time.
+
+    The recipe is run for one of `shares` of the baseline's updates after the other, shortest first,
+    until it is there.
+    """
+    rows = {}
+
+    def add(name, run, baseline):
+        step, seconds, loss = run
+        tokens = step * SIZES[size]["batch_size"] * SIZES[size]["context_length"]
+        parts = step / baseline[0], seconds / baseline[1]
+        rows.setdefault(name, []).append((step, tokens, seconds, loss, *parts))
+        print(f"  {name}: {step:,} updates, {seconds:.1f} s, loss {loss:.4f}", flush=True)
+
+    for seed in seeds:
+        print(f"{size}, seed {seed}")
+        baseline = learn(settings(size, [*BASELINE, f"--seed={seed}"]), splits)
+        add("GPT-2, nanoGPT's settings", baseline, baseline)
+        argv = [MODERN, f"--seed={seed}"]
+        for share in sorted(shares):
+            run = learn(settings(size, argv, share), splits)
+            if run[2] <= baseline[2]:
+                break
+            print(f"  not there after {run[0]:,} updates: loss {run[2]:.4f}", flush=True)
+        add("recipe" if run[2] <= baseline[2] else "recipe, NOT THERE", run, baseline)
+        share *= baseline[1] / run[1]
+        add("recipe, the same time", learn(settings(size, argv, share), splits), baseline)
+    print(f"\n{size}: medians of {len(seeds)} seeds (runs)")
+    print(f"{'':27} runs  updates      tokens  seconds    loss  of the updates, seconds")
+    for name, runs in rows.items():
+        step, tokens, seconds, loss, *parts = map(statistics.median, zip(*runs))
+        updates, time_ = (f"{part:.0%}" for part in parts)
+        print(
+            f"{name:27} {len(runs):4} {step:8,.0f} {tokens:11,.0f} {seconds:8.1f}  {loss:.4f}"
+            f"  {updates:>14}, {time_:>7}"
+        )
+
+
+def ablate(size: str, splits: dict, seeds: list[int], share: float):
+    """Print the recipe with each ingredient taken out, and what that costs in updates.
+
+    A loss is worth as many updates as the recipe itself needs from there: its losses after `share`
+    and after 0.8 `share` of the updates, on a line over the logarithm of the updates.
+    """
+
+    def losses(argv, share=share):
+        runs = [learn(settings(size, [MODERN, *argv, f"--seed={s}"], share), splits) for s in seeds]
+        return statistics.mean(run[2] for run in runs), runs[0][0]
+
+    whole, updates = losses([])
+    shorter, fewer = losses([], 0.8 * share)
+    slope = (shorter - whole) / math.log(updates / fewer)
+    print(f"\n{size}: {updates} updates, means of {len(seeds)} seeds")
+    print(f"{'the recipe':34} loss {whole:.4f}   (after {fewer} updates {shorter:.4f})")
+    for name, argv in ABLATION.items():
+        loss, _ = losses(argv)
+        more = math.exp((loss - whole) / slope) - 1
+        print(f"{'without ' + name:34} loss {loss:.4f}   {more:+.0%} updates", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", nargs="?", default="topics", help="topics, stdlib or a file")
+    parser.add_argument("--tokenizer", default="bytes")
+    parser.add_argument("--size", choices=SIZES, default="1M")
+    parser.add_argument("--seeds", type=int, default=3, help="how many [3]")
+    parser.add_argument("--updates", type=int, help="the baseline's; none: as in SIZES")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", help="lengths of the recipe [0.1 ... 0.25]"
+    )
+    parser.add_argument("--ablation", action="store_true", help="leave out each ingredient")
+    args = parser.parse_args()
+    if args.updates:
+        SIZES[args.size]["max_iters"] = args.updates
+    splits = open_text(args.text, args.tokenizer)
+    seeds = list(range(1, args.seeds + 1))
+    if args.ablation:
+        ablate(args.size, splits, seeds, (args.shares or [0.25])[0])
+    else:
+        compare(args.size, splits, seeds, args.shares or [0.1, 0.15, 0.2, 0.25])
+
+
+if __name__ == "__main__":
+    main()
