@@ -27,6 +27,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import prepare
 from config import UserError, parse, run, user_errors
@@ -77,6 +78,7 @@ class TrainConfig(GPTConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     compile: bool | None = None  # torch.compile the model; none: on a GPU
     recompute: bool = False  # activations in the backward pass: less memory, more time
+    plan: bool = False  # print what the run would take, and stop
 
     def __post_init__(self):
         GPTConfig(**self.model_args() | ({} if self.vocab_size is not None else {"vocab_size": 1}))
@@ -310,7 +312,9 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {seconds:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes / 60 / 24:,.1f} days"
 
 
 def set_rng(*key: int):
@@ -562,7 +566,7 @@ def make_optimizers(gpt: GPT, config: TrainConfig) -> list[torch.optim.Optimizer
     ]
     muon = Muon(
         [dict(params=matrices, share=1.0)],
-        choose_device(str(gpt.lm_head.weight.device))[1],
+        choose_device(config.device)[1],
         config.muon_interval,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -882,6 +886,8 @@ class Run:
 
 def main(argv: list[str]):
     config = parse(TrainConfig, argv)
+    if config.plan:
+        return plan(config)
     training = Run(config)
     with Stop() as stop:
         if training.step == 0:
@@ -902,6 +908,99 @@ def main(argv: list[str]):
         resume = "" if config.init_from == "resume" else " --init_from resume"
         say(f"to go on: python train.py {shlex.join(argv)}{resume}")
         sys.exit(128 + stop.signal)
+
+
+# Parts of a model by what stands in the names of their parameters.
+PARTS = {"wte": "token embedding", "wpe": "positions", ".attn.": "attention", ".mlp.": "MLP"}
+PARTS |= {"ln_": "norms", "lm_head": "output head"}
+
+
+def in_memory(numbers: int, itemsize: int = 4) -> int:
+    """Bytes that a tensor takes: large ones are in pages of 2 MiB, on a GPU as well."""
+    size, page = numbers * itemsize, 2**21
+    return size if size < page else -(-size // page) * page
+
+
+def count_activations(config: TrainConfig, B: int, autocast, recompute: bool) -> int:
+    """Bytes that a forward pass of B sequences keeps for the backward pass.
+
+    Counted by making that pass with tensors that have no contents.
+    """
+    kept = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        kept[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    with FakeTensorMode():
+        gpt = GPT(GPTConfig(**config.model_args())).train()
+        gpt.recompute = recompute
+        idx = torch.zeros(B, config.context_length, dtype=torch.int64)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
+            loss = gpt(idx, idx)  # noqa: F841  (what it came from lives as long as it does)
+        for p in gpt.parameters():
+            kept.pop(p.untyped_storage()._cdata, None)
+        return sum(in_memory(storage.nbytes(), 1) for storage in kept.values())
+
+
+def plan(config: TrainConfig):
+    """Print what a run would take. Nothing of its size is computed or held in memory.
+
+    At its highest, memory holds weights and moments, and either all gradients or, before there are
+    any but the output head's, the activations with the logits and their gradient.
+    """
+    with user_errors():
+        _, dtype, autocast, _ = precision(config)
+    if config.vocab_size is None:
+        config.vocab_size = prepare.load_dataset(config.dataset)[1]["vocab_size"]
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(**config.model_args()))
+    parts, total = Counter(), gpt.num_parameters()
+    for name, p in gpt.named_parameters():
+        parts[next(part for key, part in PARTS.items() if key in name)] += p.numel()
+    states = [
+        (p, len(OPTIMIZER_STATE[type(optimizer).__name__] - {"step"}))
+        for optimizer in make_optimizers(gpt, config)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    moments = sum(in_memory(p.numel()) * count for p, count in states)
+    file = sum(4 * p.numel() * (1 + count) for p, count in states)
+    weights = sum(in_memory(p.numel()) for p in gpt.parameters())
+    tokens = config.max_iters * config.batch_size * config.context_length
+    print(f"model       {total:,} parameters: " + ", ".join(f"{x} {parts[x]:,}" for x in parts))
+    flops = gpt.flops_per_token()
+    print(f"compute     {flops / 1e9:,.3g} GFLOP per token, {flops * tokens:.2e} FLOP in all")
+    print(f"tokens      {tokens:,}; 20 per parameter are {20 * total:,} (Hoffmann et al. 2022)")
+    print(f"checkpoint  {file / 1e9:,.4g} GB")
+    print(
+        f"\nGB per process, with up to {config.micro_batch_size} sequences at a time, products in "
+        f"{str(dtype).removeprefix('torch.')}:\n"
+        "processes  parallel  weights  gradients  optimizer  activations   peak  with --recompute"
+    )
+    root = sum(p.numel() for name, p in gpt.named_parameters() if ".h." not in name)
+    block = (total - root) // config.n_layer
+    for count, parallel in ((1, "ddp"), (8, "ddp"), (8, "fsdp"), (64, "fsdp")):
+        share = max(1, config.batch_size // count)
+        B = min(config.micro_batch_size, share)
+        cut = count if parallel == "fsdp" else 1
+        sizes = weights / cut, weights / cut, moments / cut  # gradients are like weights
+        together = 4 * root + 2 * dtype.itemsize * block if cut > 1 else 0  # while it is in use
+        logits = 2 * in_memory(B * config.context_length * config.vocab_size)
+        head = in_memory(config.n_embd * config.vocab_size)
+        held = sizes[1] if B < share else 0  # gradients of the micro batches before
+        peaks = []
+        for recompute in (False, True):
+            activations = count_activations(config, B, autocast, recompute)
+            most = max(sizes[1], held + activations + logits) + head
+            peaks.append((activations, most + sizes[0] + sizes[2] + together))
+        row = zip((9, 11, 11, 13, 7, 18), (*sizes, *peaks[0], peaks[1][1]))
+        print(f"{count:9,}  {parallel:8}" + "".join(f"{x / 1e9:{width},.2f}" for width, x in row))
+    print("\nat 40 % of the card's peak (MFU):")
+    for card, count in (("RTX 4090", 1), ("A100", 1), ("H100", 1), ("H100", 8), ("H100", 64)):
+        rate = 0.4 * PEAK_FLOPS[card] * count / flops
+        left = duration(tokens / rate)
+        print(f"  {count:2} x {card:8}  {rate:12,.0f} tokens/s  {left}")
 
 
 def start_wandb(config: TrainConfig):

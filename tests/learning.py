@@ -40,8 +40,8 @@ MODERN = str(ROOT / "config/modern.py")
 # baseline's.
 SIZES = {
     "1M": dict(n_layer=4, n_head=4, n_embd=128, context_length=64, batch_size=12, max_iters=2000),
-    "10M": dict(n_layer=6, n_head=6, n_embd=384, context_length=128, batch_size=12, max_iters=400),
-    "30M": dict(n_layer=8, n_head=9, n_embd=576, context_length=128, batch_size=12, max_iters=200),
+    "10M": dict(n_layer=6, n_head=6, n_embd=384, context_length=128, batch_size=12, max_iters=200),
+    "30M": dict(n_layer=8, n_head=9, n_embd=576, context_length=128, batch_size=12, max_iters=100),
 }
 
 # https://github.com/karpathy/nanoGPT: the README's run on a CPU, train_shakespeare_char.py for the

@@ -970,6 +970,39 @@ def test_refused(command, dataset, folder, argv, message):
     assert not (folder / "out").exists()
 
 
+def test_plan(command, dataset, folder):
+    """Figures of the paper, a checkpoint as large as foretold, and nothing done."""
+    code, out, _ = command("train.py", "--vocab_size=50257", "--batch_size=480", "--plan")
+    assert code == 0 and "124,439,808 parameters: token embedding 38,597,376" in out
+    # 6 for each multiplied parameter, 12 L T C for attention
+    assert (
+        f"{(6 * (124_439_808 - 786_432 - 38_400 - 82_944) + 12**2 * 1024 * 768) / 1e9:.3g}" in out
+    )
+    for argv in ([], ["--optimizer=muon", "--tie_weights=false"]):
+        code, out, _ = command("train.py", *TINY, *argv, "--plan")
+        assert code == 0 and not (folder / "out").exists()
+        size = float(out.split("checkpoint")[1].split()[0]) * 1e9
+        assert command("train.py", *TINY, *argv)[0] == 0
+        tensors = torch.load("out/model.ckpt", weights_only=True)
+        states = [x for state in tensors["optimizer"].values() for x in state.values() if x.dim()]
+        weights = {x.data_ptr(): x for x in tensors["model"].values()}.values()
+        assert sum(4 * x.numel() for x in [*states, *weights]) == pytest.approx(size, rel=1e-3)
+        for path in (folder / "out").iterdir():
+            path.unlink()
+        (folder / "out").rmdir()
+
+
+def test_activations_are_counted():
+    """A linear layer's input is kept once, and recomputed blocks keep their inputs alone."""
+    config = train.TrainConfig(n_layer=3, n_head=2, n_embd=64, context_length=32, vocab_size=50)
+    none = torch.autocast("cpu", enabled=False)
+    one, two = (train.count_activations(config, B, none, False) for B in (1, 2))
+    assert two == pytest.approx(2 * one, rel=0.02)
+    stream, kept = 4 * 2 * 32 * 64, train.count_activations(config, 2, none, True)
+    # embeddings' sum, a block's input thrice, ln_f's, log-probabilities, ids and targets
+    assert 4 * stream < kept < 8 * stream + 4 * 2 * 32 * 50 < two
+
+
 def test_help_reads_every_setting_without_data(shell):
     code, out, _ = shell("train.py", "--help")
     assert code == 0
