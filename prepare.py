@@ -322,25 +322,24 @@ def read_pieces(path: str):
         yield to_text(rest, path, done)
 
 
-def read_records(paths: list[str], field: str, show):
-    """(where, bytes or an error, field of JSON or None) of each document, and its size.
+def read_records(paths: list[str], field: str):
+    """((where, bytes, field of JSON or None), size, bytes of all files read so far) per document.
 
-    Tells `show` how many bytes of the files have been read.
+    In place of the bytes of what cannot be read stands a str that says why.
     """
     before = 0
     for path in paths:
-        where, json_field = path, field if kind_of(path) == "jsonl" else None
+        where, json_field, done = path, field if kind_of(path) == "jsonl" else None, before
         try:
             with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
                 for where, raw in read_file(file, path, field):
                     if len(raw) > LARGEST_DOCUMENT:
                         raise ValueError(f"a document of more than {LARGEST_DOCUMENT:,} bytes")
-                    yield (where, raw, json_field), len(raw)
-                    if file.seekable():  # a pipe is not
-                        show(before + file.tell())
+                    done = before + file.tell() if file.seekable() else before  # a pipe is not
+                    yield (where, raw, json_field), len(raw), done
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or error
-            yield (where, UserError(f"{where}: cannot read on: {reason}"), None), 0
+            yield (where, f"{where}: cannot read on: {reason}", None), 0, done
         before += os.path.getsize(path) if os.path.isfile(path) else 0
 
 
@@ -367,9 +366,9 @@ def read_file(file, path: str, field: str):
 def tokenize(record: tuple, encode) -> tuple[float, int, bytes] | str:
     """Hash (0 to 1), number of characters and ids of a document, or what is wrong with it."""
     where, raw, json_field = record
+    if isinstance(raw, str):
+        return raw
     try:
-        if isinstance(raw, UserError):
-            raise raw
         if json_field is None:
             text = to_text(raw, where)
         else:
@@ -385,8 +384,8 @@ def tokenize(record: tuple, encode) -> tuple[float, int, bytes] | str:
         return f"{where}: {error}"
 
 
-def in_order(function, items, workers: int | None):
-    """function(item) of each (item, its size in bytes), in order.
+def in_order(function, items, workers: int | None, show):
+    """function(item) of each (item, its size in bytes, how far it is to tell `show`), in order.
 
     By threads, since tiktoken, gzip and hashlib let others run meanwhile. No more is under way than
     keeps all of them busy, so that memory is bounded.
@@ -399,7 +398,8 @@ def in_order(function, items, workers: int | None):
             yield from waiting.popleft()[0].result()
 
     with ThreadPoolExecutor(workers) as pool:
-        for item, item_size in items:
+        for item, item_size, done in items:
+            show(done)
             batch.append(item)
             size += item_size + 200  # what an item takes besides
             if size > BATCH_SIZE:
@@ -448,13 +448,12 @@ def write_text(path: str, config: PrepareConfig, files: dict, encode) -> collect
         done = 0
         for piece in pieces():
             text = piece[max(0, start - done) : max(0, end - done)]
-            yield text, len(text)
             done += len(piece)
-            show(min(done, end))
+            yield text, len(text), min(done, end)
 
     with show_progress(characters) as show:
         for split, start, end in (("train", 0, cut), ("val", cut, characters)):
-            for ids in in_order(encode, part(start, end), config.workers):
+            for ids in in_order(encode, part(start, end), config.workers, show):
                 files[split].write(ids)
     return collections.Counter(documents=1, characters=characters)
 
@@ -468,8 +467,9 @@ def write_documents(paths: list[str], config: PrepareConfig, files: dict, encode
     counts = collections.Counter()
     nearest = {}  # the document of each split that is nearest to the other: hash, start, size
     with show_progress(sum(map(os.path.getsize, filter(os.path.isfile, paths)))) as show:
-        records = read_records(paths, config.field, show)
-        for result in in_order(functools.partial(tokenize, encode=encode), records, config.workers):
+        records = read_records(paths, config.field)
+        function = functools.partial(tokenize, encode=encode)
+        for result in in_order(function, records, config.workers, show):
             if isinstance(result, str):
                 if config.on_error == "stop":
                     raise UserError(f"{result} (--on_error skip goes on without it)")

@@ -359,13 +359,14 @@ def test_only_so_much_is_under_way(monkeypatch, workers):
     def items():
         for n in range(50):
             read_ahead.append(n)
-            yield n, 50_000 if n == 20 else 1000  # a huge one is under way alone
+            yield n, 50_000 if n == 20 else 1000, n  # a huge one is under way alone
 
-    for taken, result in enumerate(prepare.in_order(str, items(), workers)):
+    shown = []
+    for taken, result in enumerate(prepare.in_order(str, items(), workers, shown.append)):
         assert result == str(taken)
         assert len(read_ahead) - taken <= 3 * workers + 1
         assert taken >= 20 or 21 not in read_ahead
-    assert taken == 49
+    assert taken == 49 and shown == read_ahead
 
 
 SPACES = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\x85"]
