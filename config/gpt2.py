@@ -1,9 +1,17 @@
-"""GPT-2 124M from scratch, at about half a million tokens per update (GPT-3 paper, table 2.1).
+r"""GPT-2 124M from scratch, at about half a million tokens per update (GPT-3 paper, table 2.1).
 
-Data: text in files, many gigabytes of it for a model worth having; the more the better.
+Data: FineWeb-Edu's sample of 10 billion tokens, .parquet files of about 2 GB each, 28 GB in all;
+"sample/10BT/000*" is the first of them, for a trial. The token ids take 20 GB.
 
-    python prepare.py corpus/*.txt --dataset corpus
+    pip install huggingface_hub pyarrow tqdm
+    hf download HuggingFaceFW/fineweb-edu --repo-type dataset --local-dir fineweb-edu \
+        --include "sample/10BT/*"
+    python prepare.py fineweb-edu/sample/10BT --dataset corpus --val_fraction 0.005
     python train.py config/gpt2.py
+
+or text of your own, many gigabytes of it for a model worth having
+
+    python prepare.py "dumps/*.jsonl.gz" --dataset corpus
 
 or data of nanoGPT's, whose train.bin and val.bin in data/<name>/ are read as they are
 (--dataset openwebtext).

@@ -4,18 +4,25 @@
     python tests/benchmark.py generation --json      one part, as JSON
     python tests/benchmark.py training data          the training step; get_batch
     python tests/benchmark.py growth                 larger models, longer contexts
+    python tests/benchmark.py corpus --rounds 1 --megabytes 2000    prepare.py beside tiktoken alone
 
 The sides of a comparison take turns in one process, after a round that does not count; figures are
 medians over --rounds. Without the package transformers its rows are left out.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
 import platform
+import random
+import re
 import statistics
+import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -307,7 +314,104 @@ def growth(rounds: int) -> dict[str, float]:
     return found
 
 
+# --- Large corpora --------------------------------------------------------------------------------
+
+
+def write_corpus(folder: Path, megabytes: int) -> dict[str, int]:
+    """Bytes of text in folder/jsonl, of shards, and in folder/one.txt, a single text of as much.
+
+    The texts are Python's own sources and what its packages say of themselves, over and over, with
+    small changes.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    paths = [x for x in library.rglob("*.py") if "site-packages" not in x.parts]
+    paths += library.rglob("METADATA")
+    sources = [path.read_text(encoding="utf-8", errors="ignore") for path in sorted(paths)]
+    random.Random(0).shuffle(sources)
+    (folder / "jsonl").mkdir()
+    size = turn = 0
+    with open(folder / "one.txt", "wb") as one:
+        while size < megabytes * 1e6:
+            with open(folder / f"jsonl/{turn:04d}.jsonl", "w") as shard:
+                for source in sources:
+                    text = f"# {turn}\n" + source.replace("self", f"self{turn}")
+                    size += one.write(text.encode())
+                    shard.write(json.dumps({"text": text}) + "\n")
+                    if size >= megabytes * 1e6:
+                        break
+            turn += 1
+    return {"jsonl": size, "one.txt": size}
+
+
+def tiktoken_alone(folder: Path, megabytes: int = 20) -> tuple[float, float]:
+    """Seconds and seconds of CPU time that tiktoken takes per MB of the corpus, in one thread."""
+    tokenizer, size, texts = prepare.get_tokenizer("gpt2"), 0, []
+    for line in open(folder / "jsonl/0000.jsonl"):
+        texts.append(json.loads(line)["text"])
+        size += len(texts[-1].encode())
+        if size > megabytes * 1e6:
+            break
+    started, cpu = time.perf_counter(), time.process_time()
+    for text in texts:
+        tokenizer.encode_ordinary(text)
+    return 1e6 * (time.perf_counter() - started) / size, 1e6 * (time.process_time() - cpu) / size
+
+
+def run_prepare(folder: Path, source: str, workers: int) -> tuple[float, float, float, str]:
+    """Seconds, seconds of CPU time, peak GB of memory (Linux) and a hash of the ids of a run."""
+    script = Path(__file__).parent.parent / "prepare.py"
+    argv = [sys.executable, script, source, "--dataset=d", f"--workers={workers}"]
+    started, before, peak = time.perf_counter(), os.times(), 0
+    process = subprocess.Popen(argv, cwd=folder, stdout=subprocess.DEVNULL)
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            peak = max([peak, *map(int, re.findall(r"VmHWM:\s*(\d+) kB", status))])
+        time.sleep(0.05)
+    seconds, after = time.perf_counter() - started, os.times()
+    assert process.returncode == 0
+    digest = hashlib.sha256()
+    for split in ("train", "val"):
+        with open(folder / f"data/d/{split}.bin", "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    cpu = sum(after[2:4]) - sum(before[2:4])  # of children that ended
+    return seconds, cpu, peak * 1024 / 1e9, digest.hexdigest()
+
+
+def corpus(rounds: int, megabytes: int = 200) -> dict[str, float]:
+    """prepare.py by 1 and 2 workers; tiktoken alone, in one thread, before and after each run.
+
+    The output has to be the same. Where other programs take a part of the machine, CPU time says
+    more than the clock.
+    """
+    rows, hashes = {}, {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sizes = write_corpus(folder, megabytes)
+        for _ in range(rounds):
+            for source, size in sizes.items():
+                for workers in (1, 2):
+                    before = tiktoken_alone(folder)
+                    seconds, cpu, memory, digest = run_prepare(folder, source, workers)
+                    alone, alone_cpu = map(statistics.mean, zip(before, tiktoken_alone(folder)))
+                    assert hashes.setdefault(source, digest) == digest
+                    label = f"{source}, {workers} workers"
+                    rate = size / seconds / 1e6
+                    found = {
+                        "tiktoken alone: MB/s": 1 / alone,
+                        f"{label}: MB/s": rate,
+                        f"{label}: share of tiktoken's rate per worker": rate * alone / workers,
+                        f"{label}: share of its rate per CPU second": size * alone_cpu / cpu / 1e6,
+                        f"{label}: GB of memory": memory,
+                    }
+                    for row, value in found.items():
+                        rows.setdefault(row, []).append(value)
+    return {row: statistics.median(values) for row, values in rows.items()}
+
+
 PARTS = {"generation": generation, "training": training, "data": data, "growth": growth}
+PARTS |= {"corpus": corpus}
 
 
 def main():
@@ -316,13 +420,15 @@ def main():
         "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; none: all"
     )
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count [3]")
+    parser.add_argument("--megabytes", type=int, default=200, help="of text for corpus [200]")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     found = {"machine": machine(choose_device()[0])}
     for name in args.parts or PARTS:
-        found[name] = PARTS[name](args.rounds)
+        options = {"megabytes": args.megabytes} if name == "corpus" else {}
+        found[name] = PARTS[name](args.rounds, **options)
     if args.json:
         print(json.dumps(found, indent=2))
         return

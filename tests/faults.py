@@ -121,19 +121,27 @@ def kill_training(folder: Path, kills: int, rng: random.Random, out: str, refere
 
 
 def kill_prepare(folder: Path, kills: int, rng: random.Random) -> Counter:
-    """Kill prepare.py as it replaces one dataset by another; what is left is one of them, whole."""
-    texts = {name: " ".join(rng.choices(("ab", "c", "defg"), k=300_000)) for name in ("one", "two")}
+    """Kill prepare.py as it replaces one dataset by another; what is left is one of them, whole.
+
+    Two of them are single texts, one is of documents.
+    """
+    texts = {
+        name: " ".join(rng.choices(("ab", "c", "defg"), k=300_000))
+        for name in ("one.txt", "two.txt", "three.jsonl")
+    }
+    documents = (texts["three.jsonl"][n : n + 1000] for n in range(0, 900_000, 1000))
+    texts["three.jsonl"] = "".join(json.dumps({"text": x}) + "\n" for x in documents if x)
     wanted = {}
     for name, text in texts.items():
-        (folder / f"{name}.txt").write_text(text)
-        finish("prepare.py", f"{name}.txt", "--tokenizer=bytes", "--dataset=d", folder=folder)
+        (folder / name).write_text(text)
+        finish("prepare.py", name, "--tokenizer=bytes", "--dataset=d", folder=folder)
         wanted[name] = [
             np.fromfile(folder / f"data/d/{x}.bin", np.uint16) for x in ("train", "val")
         ]
-    counts, current, here = Counter(), "two", Path.cwd()
+    counts, current, here = Counter(), "three.jsonl", Path.cwd()
     while sum(n for name, n in counts.items() if name.startswith("killed")) < kills:
         name = rng.choice([x for x in texts if x != current])
-        words = (f"{name}.txt", "--tokenizer=bytes", "--dataset=d")
+        words = (name, "--tokenizer=bytes", "--dataset=d")
         process = start("prepare.py", *words, folder=folder)
         if rng.random() < 0.8:  # most of them as it writes
             while process.poll() is None and not list((folder / "data/d").glob("*.tmp")):
@@ -151,7 +159,7 @@ def kill_prepare(folder: Path, kills: int, rng: random.Random) -> Counter:
         splits, meta = prepare.load_dataset("d")
         os.chdir(here)
         same = [x for x in texts if all(map(np.array_equal, splits.values(), wanted[x]))]
-        assert len(same) == 1 and meta["source"] == f"{same[0]}.txt", (same, meta, left)
+        assert len(same) == 1 and meta["source"] == same[0], (same, meta, left)
         if process.returncode == -signal.SIGKILL:
             halves = ", ".join(x for x in left if x.endswith((".tmp", ".new"))) or "nothing"
             whole = "new" if same[0] == name else "old"

@@ -1,8 +1,15 @@
 import contextlib
+import gzip
 import hashlib
 import http.client
+import io
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +26,13 @@ VERDICT = ROOT / "data" / "verdict" / "input.txt"
 def read(folder, split):
     dtype = json.loads((folder / "meta.json").read_text())["dtype"]
     return np.fromfile(folder / f"{split}.bin", dtype=dtype).tolist()
+
+
+def save(folder, splits, meta):
+    """The first six entries of `meta` and some ids as a dataset."""
+    with prepare.save_dataset(folder, {name: meta[name] for name in list(meta)[:6]}) as files:
+        for split, ids in splits.items():
+            files[split].write(ids.tobytes())
 
 
 @pytest.fixture
@@ -188,7 +202,7 @@ def test_half_a_dataset_of_another_dtype_lying_about(command, folder, monkeypatc
     dataset = folder / "data/one"
     meta = json.loads((dataset / "meta.json").read_text())
     wide = {x: np.array(read(dataset, x), "<u4") for x in ("train", "val")}
-    prepare.save_dataset(dataset, wide, {x: meta[x] for x in list(meta)[:6]} | {"dtype": "uint32"})
+    save(dataset, wide, meta | {"dtype": "uint32"})
     (dataset / "train.bin.new").write_bytes(bytes(6))  # three ids of two bytes
     splits, _ = prepare.load_dataset("one")
     assert all(np.array_equal(splits[x], wide[x]) for x in wide)
@@ -213,7 +227,6 @@ def test_an_interrupted_write_leaves_the_old_file(folder):
         (["nowhere.txt"], "cannot read nowhere.txt: No such file"),
         (["empty.txt"], "empty.txt is empty"),
         (["latin.txt"], "latin.txt is not UTF-8 text: see byte 4"),
-        (["."], "cannot read .: Is a directory"),
         (["one.txt"], "too little text, nothing is left for train.bin"),
         (["good.txt", "--tokenizer", "gpt9"], "no tokenizer 'gpt9'; there are: bytes, gpt2"),
         (["good.txt", "--val_fraction", "1"], "val_fraction is 1.0; it must be between 0 and 1"),
@@ -231,6 +244,383 @@ def test_refused(command, folder, argv, message):
     code, _, err = command("prepare.py", "--tokenizer=bytes", *argv)
     assert code == 2 and message in err and err.count("\n") == 1
     assert not (folder / "data").exists()
+
+
+DOCUMENTS = [f"{words(40, seed=n)}\u00fc {n}" for n in range(60)]
+EXPECTED = {"train": [], "val": []}
+for _text in DOCUMENTS:
+    _below = int(hashlib.sha256(_text.encode()).hexdigest(), 16) < 0.1 * 2**256
+    EXPECTED["val" if _below else "train"].append(_text)
+
+
+def write_jsonl(path, texts=DOCUMENTS, field="text"):
+    lines = b"".join(json.dumps({"id": 1, field: text}).encode() + b"\n" for text in texts)
+    path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+
+
+def write_parquet(path, texts=DOCUMENTS, field="text", kind="string"):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"id": list(range(len(texts))), field: pyarrow.array(texts, kind)}
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=25)
+
+
+def write_texts(path):
+    for n, text in enumerate(DOCUMENTS):
+        (path / f"{n // 10}").mkdir(exist_ok=True, parents=True)
+        (path / f"{n // 10}/{n:02d}.txt").write_bytes(text.encode())
+
+
+def documents(folder):
+    """The texts of both splits of a dataset of bytes, in order."""
+    sides = {}
+    for split in ("train", "val"):
+        ids = read(folder, split)
+        assert ids.pop() == 256
+        parts = " ".join(map(str, ids)).split("256")
+        sides[split] = [bytes(map(int, part.split())).decode() for part in parts]
+    return sides
+
+
+@pytest.mark.parametrize(
+    "name, write, argv",
+    [
+        ("d.jsonl", write_jsonl, []),
+        ("d.jsonl.gz", write_jsonl, []),
+        ("d.jsonl", lambda path: write_jsonl(path, field="body"), ["--field=body"]),
+        ("d.parquet", write_parquet, []),
+        ("d.parquet", lambda path: write_parquet(path, field="body"), ["--field=body"]),
+        ("d.parquet", lambda path: write_parquet(path, kind="large_string"), []),
+        ("d", write_texts, []),
+    ],
+)
+def test_every_format_gives_the_same_documents(command, folder, name, write, argv):
+    write(folder / name)
+    code, out, err = command("prepare.py", name, "--tokenizer=bytes", *argv)
+    assert (code, err) == (0, "") and "documents   60 in" in out and "skipped" not in out
+    assert documents(folder / "data/d") == EXPECTED and EXPECTED["val"]
+    assert sorted(os.listdir(folder / "data/d")) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_folders_patterns_and_files_name_each_file_once(command, folder):
+    write_texts(folder / "d")
+    (folder / "d/.git").mkdir()
+    (folder / "d/empty").mkdir()
+    for hidden in (".git/blob", ".DS_Store"):
+        (folder / "d" / hidden).write_bytes(b"\xff")
+    argv = ["d", "d/0/03.txt", "d/[0-9]/*.txt", "d/**/*.txt"]
+    assert command("prepare.py", *argv, "--tokenizer=bytes")[0] == 0
+    assert documents(folder / "data/d") == EXPECTED
+    code, _, err = command("prepare.py", "d/?/*.txt", "--tokenizer=bytes", "--dataset=e")
+    assert (code, err) == (0, "") and documents(folder / "data/e") == EXPECTED
+
+
+def test_a_name_like_a_pattern_is_a_name(command, folder):
+    write_jsonl(folder / "[d].jsonl")
+    write_texts(folder / "[e]")
+    for source in ("[d].jsonl", "[e]"):
+        assert command("prepare.py", source, "--tokenizer=bytes", "--dataset=d")[0] == 0
+        assert documents(folder / "data/d") == EXPECTED
+
+
+@pytest.mark.parametrize("source", ["d", "d/", "d/..", "sub/../d"])
+def test_the_dataset_is_named_after_the_folder(command, folder, source):
+    write_texts(folder / "d")
+    (folder / "sub").mkdir()
+    assert command("prepare.py", source, "--tokenizer=bytes")[0] == 0
+    assert os.listdir(folder / "data") == [folder.name if source == "d/.." else "d"]
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
+def test_the_number_of_workers_changes_nothing(command, folder, monkeypatch, tokenizer):
+    monkeypatch.setattr(prepare, "BATCH_SIZE", 2000)
+    write_jsonl(folder / "a.jsonl")
+    with open(folder / "a.jsonl", "ab") as file:
+        file.write(b"broken\n" * 7)
+    write_parquet(folder / "b.parquet", DOCUMENTS[::-1])
+    (folder / "c.txt").write_text(words(3000))
+    made = {}
+    for sources in (["a.jsonl", "b.parquet"], ["c.txt"]):
+        for workers in (1, 4):
+            argv = [f"--workers={workers}", "--dataset=d", "--on_error=skip"]
+            code, _, err = command("prepare.py", *sources, f"--tokenizer={tokenizer}", *argv)
+            assert (code, err) == (0, "")
+            made[workers] = [path.read_bytes() for path in sorted((folder / "data/d").iterdir())]
+        assert made[1] == made[4]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_only_so_much_is_under_way(monkeypatch, workers):
+    """However slow the workers are, no more is read than a few batches ahead of them."""
+    monkeypatch.setattr(prepare, "BATCH_SIZE", 1000)
+    read_ahead = []
+
+    def items():
+        for n in range(50):
+            read_ahead.append(n)
+            yield n, 50_000 if n == 20 else 1000, n  # a huge one is under way alone
+
+    shown = []
+    for taken, result in enumerate(prepare.in_order(str, items(), workers, shown.append)):
+        assert result == str(taken)
+        assert len(read_ahead) - taken <= 3 * workers + 1
+        assert taken >= 20 or 21 not in read_ahead
+    assert taken == 49 and shown == read_ahead
+
+
+SPACES = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\x85"]
+SIGNS = ["a", "It's", "'ll", " the", "12", "345", ".", "...", "_", "\u00fc", "\u0301", "\u6f22"]
+TEXTS = st.lists(st.sampled_from(SPACES + SIGNS) | st.text(max_size=3), min_size=1).map("".join)
+
+
+@settings(deadline=None)
+@pytest.mark.parametrize("tokenizer", ["gpt2", "cl100k_base"])
+@given(text=TEXTS, size=st.integers(1, 12))
+@example(text="one two\nthree\n\n four.\n five  six\u00a0 seven", size=5)
+def test_pieces_have_the_ids_of_the_whole(tmp_path_factory, tokenizer, text, size):
+    encode = prepare.get_tokenizer(tokenizer).encode_ordinary
+    path = tmp_path_factory.getbasetemp() / "piece.txt"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "BATCH_SIZE", size)
+        pieces = list(prepare.read_pieces(path) if text else [])
+    assert "".join(pieces) == text
+    assert [id for piece in pieces for id in encode(piece)] == encode(text)
+
+
+def test_a_text_comes_in_pieces(folder, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_SIZE", 1000)
+    (folder / "a.txt").write_bytes(words(2000).encode() + b"\xff" + words(900).encode())
+    read = []
+    with pytest.raises(config.UserError, match=f"see byte {len(words(2000)):,}$"):
+        read += map(len, prepare.read_pieces("a.txt"))
+    assert max(read) < 2000 and sum(read) > 5000
+
+
+@pytest.mark.parametrize("more", [[], ["a.txt"]])
+def test_standard_input(shell, folder, more):
+    (folder / "a.txt").write_text("a" * 50)
+    argv = ["-", *more, "--dataset=d", "--tokenizer=bytes", "--val_fraction=0.5"]
+    assert shell("prepare.py", *argv, input="b" * 60)[::2] == (0, "")
+    ids = read(folder / "data/d", "train") + read(folder / "data/d", "val")
+    assert sorted(ids) == sorted(b"b" * 60 + b"a" * 50 * len(more)) + [256] * 2 * len(more)
+
+
+BROKEN = {
+    "json": (b'{"text": "a"\n', ": Expecting ',' delimiter"),
+    "deep": (b"[" * 1999 + b"\n", ": maximum recursion depth|: Expecting value"),
+    "list": (b'["text"]\n', ": no text in a field 'text'; see --field"),
+    "field": (b'{"body": "a"}\n', ": no text in a field 'text'"),
+    "number": (b'{"text": 7}\n', ": no text in a field 'text'"),
+    "empty": (b'{"text": ""}\n', ": no text in a field 'text'"),
+    "utf-8": (b'{"text": "caf\xe9"}\n', ": 'utf-8' codec can't decode byte 0xe9 in position 13"),
+    "half a pair": (b'{"text": "a\\ud800"}\n', ": 'utf-8' codec can't encode character"),
+    "spaces": (b'{"text": "' + b" " * 1500 + b'"}\n', ": Regex error"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_broken_records_stop_it_or_are_skipped(command, folder, monkeypatch, broken):
+    line, message = BROKEN[broken]
+    if broken == "spaces":  # as gpt2 does with some millions
+
+        def refuse(self, text, really=prepare.tiktoken.Encoding.encode_to_numpy, **options):
+            if text.isspace():
+                raise ValueError("Regex error while tokenizing: Max stack size exceeded")
+            return really(self, text, **options)
+
+        monkeypatch.setattr(prepare.tiktoken.Encoding, "encode_to_numpy", refuse)
+    write_jsonl(folder / "d.jsonl")
+    lines = (folder / "d.jsonl").read_bytes().splitlines(keepends=True)
+    lines[0] = "\ufeff".encode() + lines[0]  # a byte order mark and empty lines: nobody's mistake
+    lines[3:3] = [line, b"\n", b"  \r\n"]
+    (folder / "d.jsonl").write_bytes(b"".join([*lines, *[line] * 6]).rstrip(b"\n"))
+    code, _, err = command("prepare.py", "d.jsonl", "--tokenizer=bytes")
+    assert code == 2 and any(f"d.jsonl, line 4{part}" in err for part in message.split("|"))
+    assert err.count("\n") == 1 and "--on_error skip" in err and not (folder / "data").exists()
+    code, out, err = command("prepare.py", "d.jsonl", "--tokenizer=bytes", "--on_error=skip")
+    assert (code, err) == (0, "") and documents(folder / "data/d") == EXPECTED
+    assert "7 broken records" in out and "line 4:" in out and "line 67:" in out
+    assert "line 68:" not in out  # the first few are named
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def scramble(path):
+    data = bytearray(path.read_bytes())
+    data[200:300] = bytes(100)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, scramble])
+@pytest.mark.parametrize("name", ["d.jsonl.gz", "d.parquet"])
+def test_a_damaged_file(command, folder, name, damage):
+    write_texts(folder / "texts")
+    (write_parquet if name == "d.parquet" else write_jsonl)(folder / name)
+    damage(folder / name)
+    argv = ["texts", name, "--tokenizer=bytes", "--dataset=d"]
+    code, _, err = command("prepare.py", *argv)
+    assert code == 2 and name in err and "cannot read on: " in err and err.count("\n") == 1
+    assert not (folder / "data").exists()
+    code, out, _ = command("prepare.py", *argv, "--on_error=skip")
+    assert code == 0 and "1 broken records" in out
+    for split, texts in documents(folder / "data/d").items():  # and all that could be read is there
+        assert texts[: len(EXPECTED[split])] == EXPECTED[split]
+        assert set(texts) == set(EXPECTED[split])
+
+
+def test_parquet_that_is_not_text(command, folder):
+    write_parquet(folder / "d.parquet", [*DOCUMENTS[:2], None, DOCUMENTS[2]])
+    code, _, err = command("prepare.py", "d.parquet", "--tokenizer=bytes")
+    assert code == 2 and "d.parquet, row 3 is empty" in err
+    write_parquet(folder / "d.parquet", [b"good", b"b\xffd"], kind="binary")
+    code, _, err = command("prepare.py", "d.parquet", "--tokenizer=bytes")
+    assert code == 2 and "d.parquet, row 2 is not UTF-8 text: see byte 1" in err
+    for field in ("id", "body"):
+        code, _, err = command("prepare.py", "d.parquet", "--tokenizer=bytes", "--field", field)
+        assert code == 2 and "d.parquet: cannot read on: " in err and err.count("\n") == 1
+    assert "body" in err
+
+
+def test_parquet_without_pyarrow(command, folder, monkeypatch):
+    (folder / "d.parquet").write_bytes(b"")
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    code, _, err = command("prepare.py", "d.parquet", "--tokenizer=bytes")
+    assert code == 2 and "need pyarrow, which is not here: pip install pyarrow" in err
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["mixed"], "mixed mixes parquet (mixed/c.parquet) and text (mixed/a.txt): give a pattern"),
+        (["mixed/*", "--dataset=d"], "mixed/* mixes parquet (mixed/c.parquet) and text"),
+        (["nothing"], "cannot read nothing: there is no file in it"),
+        (["none/*.jsonl", "--dataset=d"], "cannot read none/*.jsonl: No such file"),
+        (["no*.x"], "--dataset is 'no*'; it must be a plain folder name"),
+        (["/"], "--dataset is ''; it must be a plain folder name"),
+        (["empty.jsonl"], "there is no document in what is given"),
+        (["one.jsonl"], "too little text, nothing is left for val.bin"),
+        (["empty"], "empty/a.txt is empty"),
+        (["large"], "large/b.txt: cannot read on: a document of more than 2,000 bytes"),
+        (["large.jsonl"], "large.jsonl, line 2: cannot read on: a document of more than 2,000"),
+        (["one.jsonl", "--workers=0"], "--workers is 0; it must be between 1 and 1,024"),
+        (["one.jsonl", "--workers=two"], "--workers is 'two'; it must be int or none"),
+        (["one.jsonl", "--on_error=ask"], "--on_error is 'ask'; it must be stop or skip"),
+        (["broken.jsonl", "--on_error=skip"], "there is no document in what is given"),
+    ],
+)
+def test_sources_that_are_refused(command, folder, monkeypatch, argv, message):
+    monkeypatch.setattr(prepare, "LARGEST_DOCUMENT", 2000)
+    for name in ("mixed", "nothing", "empty", "large"):
+        (folder / name).mkdir()
+    for name in ("mixed/a.txt", "mixed/c.parquet", "nothing/.hidden", "large/a.txt"):
+        (folder / name).write_text("a")
+    for name in ("empty.jsonl", "empty/a.txt", "empty/b.txt"):
+        (folder / name).write_text("")
+    (folder / "large/b.txt").write_text("a" * 2001)
+    write_jsonl(folder / "large.jsonl", ["b", "a" * 2001])
+    (folder / "broken.jsonl").write_text("broken\n" * 9)
+    write_jsonl(folder / "one.jsonl", ["the only one"])
+    before = sorted(folder.rglob("*"))
+    code, _, err = command("prepare.py", *argv, "--tokenizer=bytes")
+    assert code == 2 and message in err and err.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("fraction, lonely", [(1e-9, "val"), (1 - 1e-9, "train")])
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_nearest_document_changes_to_an_empty_side(command, folder, fraction, lonely, times):
+    texts = DOCUMENTS[:20] * times  # of those with the same hash only one
+    write_jsonl(folder / "d.jsonl", texts)
+    argv = ["d.jsonl", "--tokenizer=bytes", f"--val_fraction={fraction!r}"]
+    assert command("prepare.py", *argv)[0] == 0
+    ordered = sorted(DOCUMENTS[:20], key=lambda text: hashlib.sha256(text.encode()).digest())
+    nearest = ordered[0] if lonely == "val" else ordered[-1]
+    sides = documents(folder / "data/d")
+    assert sides.pop(lonely) == [nearest]
+    texts.remove(nearest)
+    assert list(sides.values()) == [texts]
+
+
+def test_an_error_leaves_the_old_dataset_and_nothing_else(dataset, command, folder):
+    before = {path.name: path.read_bytes() for path in dataset.iterdir()}
+    for left in ("train.bin.new", "val.bin.new.tmp"):  # as kills do
+        (dataset / left).write_bytes(b"left")
+    write_jsonl(folder / "words.jsonl", [*DOCUMENTS, ""])
+    assert command("prepare.py", "words.jsonl", "--tokenizer=bytes")[0] == 2
+    assert {path.name: path.read_bytes() for path in dataset.iterdir()} == before
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_an_error_at_any_step_of_saving_leaves_one_dataset(dataset, monkeypatch, step):
+    loaded, meta = prepare.load_dataset("words")
+    calls = iter(range(100))
+
+    def failing(function):
+        def call(*args):
+            if next(calls) == step:
+                raise OSError("no space left")
+            return function(*args)
+
+        return call
+
+    other = {split: np.roll(ids, 1) for split, ids in loaded.items()}
+    monkeypatch.setattr(os, "fsync", failing(os.fsync))
+    monkeypatch.setattr(os, "replace", failing(os.replace))
+    with contextlib.suppress(OSError):
+        save(dataset, other, meta)
+    left, _ = prepare.load_dataset("words")
+    assert any(all(np.array_equal(left[x], text[x]) for x in left) for text in (loaded, other))
+    assert sorted(os.listdir(dataset)) == ["meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_ends_at_once_and_can_be_run_again(folder, sent):
+    write_jsonl(folder / "d.jsonl", [f"{text} {n}" for n in range(900) for text in DOCUMENTS])
+    argv = [sys.executable, str(ROOT / "prepare.py"), "d.jsonl", "--tokenizer=bytes", "--workers=2"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        written = folder / "data/d/train.bin.new.tmp"
+        while process.poll() is None and not (written.exists() and written.stat().st_size):
+            time.sleep(0.01)
+        process.send_signal(sent)
+        said = process.stdout.read()  # until the last thread is gone
+    assert (process.returncode, said) == (130 if sent == signal.SIGINT else -sent, b"")
+    assert (folder / "data").exists() == (sent != signal.SIGINT)
+    write_jsonl(folder / "d.jsonl")
+    subprocess.run(argv, check=True, capture_output=True)
+    assert sorted(os.listdir(folder / "data/d")) == ["meta.json", "train.bin", "val.bin"]
+    assert documents(folder / "data/d") == EXPECTED
+
+
+def test_progress_as_lines(monkeypatch, capfd):
+    clock = iter(range(0, 1000, 6))
+    monkeypatch.setattr(prepare.time, "perf_counter", lambda: next(clock))
+    with prepare.show_progress(150_000_000) as show:
+        for done in range(30_000_000, 150_000_001, 30_000_000):
+            show(done)
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == "60 of 150 MB, 5.0 MB/s, 0.3 minutes left" and len(lines) == 2
+
+
+def test_progress_as_a_bar(command, folder, monkeypatch):
+    tqdm = pytest.importorskip("tqdm")
+    terminal = io.StringIO()
+    bars, made = [], tqdm.tqdm
+
+    def bar(**options):
+        bars.append(made(**options, file=terminal, mininterval=0))
+        return bars[-1]
+
+    monkeypatch.setattr(tqdm, "tqdm", bar)
+    monkeypatch.setattr(prepare.sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    write_jsonl(folder / "d.jsonl")
+    prepare.main(["d.jsonl", "--tokenizer=bytes"])
+    assert bars[0].n == bars[0].total == (folder / "d.jsonl").stat().st_size
+    assert "/13." in terminal.getvalue() and "B/s" in terminal.getvalue()
 
 
 FOLDER = settings(
@@ -307,7 +697,7 @@ def save_and_crash(monkeypatch, folder, splits, meta, crash_at) -> int:
         patch.setattr(os, "fsync", crashing(os.fsync))
         patch.setattr(prepare.Path, "unlink", lambda *args, **kwargs: None)  # the dead tidy nothing
         with contextlib.suppress(Crash):
-            prepare.save_dataset(folder, splits, {name: meta[name] for name in list(meta)[:6]})
+            save(folder, splits, meta)
     return next(calls)
 
 
@@ -317,9 +707,38 @@ def test_crashes_at_any_two_steps_of_saving_leave_one_dataset(dataset, monkeypat
     loaded, meta = prepare.load_dataset("words")
     texts = [{split: np.roll(ids, n) for split, ids in loaded.items()} for n in range(3)]
     for second in range(12):
-        prepare.save_dataset(dataset, texts[0], {name: meta[name] for name in list(meta)[:6]})
+        save(dataset, texts[0], meta)
         for crash_at, splits in ((first, texts[1]), (second, texts[2])):
             steps = save_and_crash(monkeypatch, dataset, splits, meta, crash_at)
         left, _ = prepare.load_dataset("words")
         assert any(all(np.array_equal(left[x], text[x]) for x in left) for text in texts)
     assert steps <= 12  # so that each of them had its turn
+
+
+@FOLDER
+@given(st.lists(st.binary(max_size=60), max_size=8), st.sampled_from(["stop", "skip"]))
+@example([b'{"text": "a"}', b'{"text": "b"}'], "stop")
+def test_any_lines_are_prepared_or_refused_in_one_line(command, folder, lines, on_error):
+    (folder / "l.jsonl").write_bytes(b"\n".join([*lines, b'{"text": "c"}', b'{"text": "d"}']))
+    argv = ["l.jsonl", "--tokenizer=bytes", f"--on_error={on_error}"]
+    code, _, err = command("prepare.py", *argv)
+    assert (code, err) == (0, "") or (code == 2 and err.count("\n") == 1)
+    assert on_error == "stop" or code == 0
+
+
+@FOLDER
+@given(st.sampled_from(["d.jsonl.gz", "d.parquet"]), st.data())
+def test_flipped_bits_in_a_compressed_file(command, folder, name, data):
+    path = folder / name
+    if not path.exists():
+        (write_parquet if name == "d.parquet" else write_jsonl)(path)
+    before = path.read_bytes()
+    damaged = bytearray(before)
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(before) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(damaged[: data.draw(st.sampled_from([len(before), len(before) // 2]))])
+    try:
+        code, _, err = command("prepare.py", name, "--tokenizer=bytes", "--on_error=skip")
+        assert (code, err) == (0, "") or (code == 2 and err.count("\n") == 1)
+    finally:
+        path.write_bytes(before)
