@@ -9,6 +9,7 @@ Reads data/<dataset>/, which prepare.py makes. Writes out/model.ckpt, the weight
 resuming needs, out/metrics.jsonl, a line for every report, and out/loss.png, a picture of them.
 """
 
+import atexit
 import contextlib
 import json
 import math
@@ -178,6 +179,8 @@ def together():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         store, number, count = next(rendezvous("env://", timeout=RENDEZVOUS))
+        # torchrun's own store has the addresses of before a restart (pytorch/pytorch#135712).
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
         dist.init_process_group(backend, store=store, rank=number, world_size=count)
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ.get(f"MASTER_{x}", "?") for x in ("ADDR", "PORT"))
@@ -188,30 +191,35 @@ def together():
         ) from error
     if rank():
         silence(1)
+    code = 0
     try:
         yield
-        dist.destroy_process_group()
     except BaseException as error:
-        if isinstance(getattr(error, "code", None), int):  # an exit code has nothing to say
+        code = getattr(error, "code", None)
+        if not isinstance(code, int):  # which would have nothing to say
+            lost = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.I)
+            said = False
+            with contextlib.suppress(RuntimeError):  # where the store is gone, too
+                failed = store.add("failed", 1)
+                said = (failed if lost else store.add(f"said {error!r}", 1)) > 1
+            if said:
+                silence(2)
+                time.sleep(1)  # torchrun names the one that ends first
+            elif lost:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"lost the other processes: {reason}") from error
             raise
-        lost = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.I)
-        said = False
-        with contextlib.suppress(RuntimeError):  # where the store is gone, too
-            failed = store.add("failed", 1)
-            said = (failed if lost else store.add(f"said {error!r}", 1)) > 1
-        if said:
-            silence(2)
-            time.sleep(1)  # torchrun names the one that ends first
-        elif lost:
-            raise UserError(f"lost the other processes: {str(error).splitlines()[0]}") from error
-        raise
+    # gloo's threads may crash as Python cleans up (https://github.com/pytorch/pytorch/pull/179291),
+    # so it does not come to that.
+    atexit._run_exitfuncs()
+    os._exit(code)
 
 
 def check_same(values: dict):
     """Refuse to train where processes see different settings or data."""
     first, *others = gather(values)
     for number, theirs in enumerate(others, 1):
-        for name in first.keys() | theirs.keys():
+        for name in first | theirs:
             one, other = first.get(name), theirs.get(name)
             if one != other:
                 raise UserError(
@@ -1046,7 +1054,8 @@ def main(argv: list[str]):
         launcher = f"torchrun --nproc_per_node={processes()}" if dist.is_initialized() else "python"
         say(f"to go on: {launcher} train.py {shlex.join(argv)}{resume}")
     gather(None)  # torchrun ends all processes at the first one's exit code
-    sys.exit(128 + stopped if stopped and saved else 1 - saved)
+    if stopped or not saved:
+        sys.exit(128 + stopped if saved else 1)
 
 
 def start_wandb(config: TrainConfig):
