@@ -965,7 +965,8 @@ class Run:
         )
         sharded = self.config.parallel == "fsdp"
         if self.prompt and (rank() == 0 or sharded):  # of a sharded model all are needed
-            with self.spending("samples"):
+            autocast = self.autocast if sharded else contextlib.nullcontext()
+            with self.spending("samples"), autocast:
                 idx = torch.tensor([self.prompt], device=self.device)
                 idx = self.gpt.generate(idx, 40, temperature=0, use_cache=not sharded)
             say("      " + " ".join(prepare.decode(self.tokenizer, idx[0].tolist()).split()))

@@ -132,7 +132,7 @@ def test_sigterm_to_torchrun_saves_once_where_all_stop(place):
     ckpt, lines = result(place / "stopped")
     assert out.splitlines()[-1].startswith("to go on: torchrun --nproc_per_node=2 train.py")
     assert f"saved: step {ckpt['step']:,}," in out and ckpt["step"] == lines[-1]["step"]
-    assert "Traceback" not in err.split("torch.distributed.elastic")[0]
+    assert "train.py" not in err  # what else is there is torchrun's
 
 
 def test_a_killed_worker_is_a_restart_and_the_same_run(place, two):
