@@ -180,6 +180,17 @@ def test_one_rank_alone_that_fails_ends_the_run(place):
     assert time.monotonic() - started < 30 and not (place / "failed").exists()
 
 
+@pytest.mark.parametrize("job, resumes", [("this one", True), ("an earlier one", False)])
+def test_a_restart_goes_on_from_its_own_checkpoint(command, dataset, monkeypatch, job, resumes):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    command("train.py", *TINY, "--max_iters=2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "this one")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    code, out, _ = command("train.py", *TINY, "--max_iters=4")
+    assert code == 0 and ("restarted: going on from out/model.ckpt" in out) == resumes
+    assert ("of an earlier run is now model.ckpt.bak" in out) == (not resumes)
+
+
 def test_processes_that_see_different_things(monkeypatch):
     monkeypatch.setattr(train, "gather", lambda x: [x, x | {"seed": 2}])
     with pytest.raises(config.UserError, match="differ in seed: 1 in process 0, 2 in 1"):
