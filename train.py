@@ -3,11 +3,13 @@
     python train.py config/verdict.py                          the book's run
     python train.py config/tiny.py --n_layer 2 --seed=1        a config file, then changes to it
     python train.py config/tiny.py --init_from resume          go on where a run stopped
+    torchrun --nproc_per_node=4 train.py config/gpt2.py        four processes, the same run
 
 Reads data/<dataset>/, which prepare.py makes. Writes out/model.ckpt, the weights and all that
 resuming needs, out/metrics.jsonl, a line for every report, and out/loss.png, a picture of them.
 """
 
+import atexit
 import contextlib
 import json
 import math
@@ -17,8 +19,10 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -27,11 +31,14 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 import prepare
 from config import UserError, parse, run, user_errors
-from model import GPT, GPTConfig, choose_device, load_model
+from model import GPT, GPTConfig, choose_device, load_model, read_checkpoint
 
 
 @dataclass
@@ -41,8 +48,8 @@ class TrainConfig(GPTConfig):
     vocab_size: int | None = None  # number of different tokens; none: the dataset's
     # Data
     dataset: str = "verdict"  # folder under data/ that prepare.py made
-    batch_size: int = 8  # sequences per update
-    micro_batch_size: int | None = None  # sequences per forward pass; none: batch_size
+    batch_size: int = 8  # sequences per update, over all processes
+    micro_batch_size: int | None = None  # sequences per forward pass, per process; none: batch_size
     shift_windows: bool = True  # cut the text elsewhere in every epoch (the book: no)
     seed: int = 1337  # weights, order of the data and dropout follow from it
     # Updates
@@ -76,6 +83,7 @@ class TrainConfig(GPTConfig):
     init_from: str = "scratch"  # scratch, resume, or weights: a checkpoint, gpt2, a folder
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a name such as cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: whole models, or a part in each
     compile: bool | None = None  # torch.compile the model; none: on a GPU
     recompute: bool = False  # activations in the backward pass: less memory, more time
     plan: bool = False  # print what the run would take, and stop
@@ -101,6 +109,213 @@ class TrainConfig(GPTConfig):
     def model_args(self) -> dict:
         """The fields of GPTConfig among the settings."""
         return {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
+
+
+# One process or many: each has a rank and knows how many they are, and these functions are what
+# they do together. Alone, a process is the first of one.
+
+RENDEZVOUS = timedelta(minutes=5)  # how long processes wait for one another at the start
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(x: torch.Tensor, how=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The sum, or another reduction, of every process's `x`; in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x, how)
+    return x
+
+
+def broadcast(x: torch.Tensor, source: int):
+    """Make `x` that of the process `source`, in place."""
+    if dist.is_initialized():
+        dist.broadcast(x, source)
+
+
+def gather(x) -> list:
+    """Every process's `x`, which may be any small object, in the order of their ranks."""
+    found = [x] * processes()
+    if dist.is_initialized():
+        dist.all_gather_object(found, x)
+    return found
+
+
+def on_first(function, *args):
+    """What `function` returns on the first process, for all; the others do not call it."""
+    return gather(function(*args) if rank() == 0 else None)[0]
+
+
+def is_sharded(x: torch.Tensor) -> bool:
+    """Whether each process holds a part of `x`: then it is a DTensor."""
+    return hasattr(x, "full_tensor")
+
+
+def whole(tensors: dict) -> dict:
+    """`tensors` by name, those in parts put together one by one, on the first process alone."""
+    found = {}  # a tensor of two names, as a tied head is, stays one
+    for x in tensors.values():
+        if x not in found:
+            full = x.full_tensor().cpu() if is_sharded(x) else x  # takes all processes
+            found[x] = full.detach() if rank() == 0 else None
+    return {name: found[x] for name, x in tensors.items()}
+
+
+def part(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Of `x`, which all have whole, what this process holds of `p`."""
+    if not is_sharded(p):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def silence(number: int):
+    """Nobody hears what goes to file descriptor `number` from here on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+
+
+@contextlib.contextmanager
+def together():
+    """Around `main`: joins the processes that torchrun started, if it did.
+
+    Only the first of them is heard on standard output. When one fails it says why, once if all say
+    the same, and the others end as they miss it.
+    """
+    if "RANK" not in os.environ:
+        yield
+        return
+    backend = "cpu:gloo"
+    if torch.cuda.is_available():
+        backend += ",cuda:nccl"
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    try:
+        store, number, count = next(rendezvous("env://", timeout=RENDEZVOUS))
+        # torchrun's own store has the addresses of before a restart (pytorch/pytorch#135712).
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    except (RuntimeError, ValueError) as error:
+        where = ":".join(os.environ.get(f"MASTER_{x}", "?") for x in ("ADDR", "PORT"))
+        raise UserError(
+            f"process {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} did not meet the "
+            f"others at {where}: were all started, with the same address, and does a firewall "
+            f"let them through? ({str(error).splitlines()[0]})"
+        ) from error
+    if rank():
+        silence(1)
+    code = 0
+    try:
+        yield
+    except BaseException as error:
+        code = getattr(error, "code", None)
+        if not isinstance(code, int):  # which would have nothing to say
+            lost = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.I)
+            said = False
+            with contextlib.suppress(RuntimeError):  # where the store is gone, too
+                failed = store.add("failed", 1)
+                said = (failed if lost else store.add(f"said {error!r}", 1)) > 1
+            if said:
+                silence(2)
+                time.sleep(1)  # torchrun names the one that ends first
+            elif lost:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"lost the other processes: {reason}") from error
+            raise
+    # gloo's threads may crash as Python cleans up (https://github.com/pytorch/pytorch/pull/179291),
+    # so it does not come to that.
+    atexit._run_exitfuncs()
+    os._exit(code)
+
+
+def check_same(values: dict):
+    """Refuse to train where processes see different settings or data."""
+    first, *others = gather(values)
+    for number, theirs in enumerate(others, 1):
+        for name in first | theirs:
+            one, other = first.get(name), theirs.get(name)
+            if one != other:
+                raise UserError(
+                    f"processes differ in {name}: {one!r} in process 0, {other!r} in {number}"
+                )
+
+
+def check_parallel(config: TrainConfig, device: torch.device):
+    """Refuse what so many processes cannot do."""
+    count, here = processes(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if config.parallel == "fsdp" and count == 1:
+        raise UserError(
+            "--parallel fsdp cuts a model into a part for each process, and here is one alone: "
+            "start several with torchrun --nproc_per_node=N train.py, or leave it out"
+        )
+    if config.parallel == "fsdp" and config.optimizer == "muon":
+        raise UserError(
+            "Muon needs whole matrices, and --parallel fsdp leaves each process a part of them: "
+            "take --parallel ddp or --optimizer adamw"
+        )
+    if config.batch_size % count:
+        below = config.batch_size // count * count
+        fit = f"{below} or {below + count}" if below else f"{count}"
+        raise UserError(
+            f"batch_size {config.batch_size} cannot be shared evenly by {count} processes: take "
+            f"--batch_size {fit}"
+        )
+    if count > 1 and (device.type not in ("cpu", "cuda") or device.index is not None):
+        raise UserError(f"{count} processes cannot share --device {device}: take cpu or cuda")
+    if device.type == "cuda" and here > (gpus := torch.cuda.device_count()):
+        raise UserError(f"{here} processes here, each of which needs a GPU: there are {gpus}")
+
+
+def distribute(gpt: GPT, config: TrainConfig, device: torch.device, dtype) -> torch.nn.Module:
+    """`gpt` on the device, and what to call so that gradients are the mean over all processes."""
+    if not dist.is_initialized():
+        return gpt.to(device)
+    if config.parallel == "fsdp":
+        # Imported here, as one process alone would wait a second for them.
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        # It warns of what a Linear returns, a view, lest it be changed in place; nothing here is.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        mesh = init_device_mesh(device.type, (processes(),))
+        # Matrices travel in the dtype that multiplies them; LayerNorms and embeddings, and between
+        # blocks the activations, stay in float32, as autocast has them.
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        for block in gpt.transformer.h:
+            fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
+        return fully_shard(gpt, mesh=mesh)
+    model = DistributedDataParallel(gpt.to(device), gradient_as_bucket_view=True)
+    # Its gradients change places after their first backward pass, and with them the order in which
+    # they are added: this one makes a resumed run's first update like any other.
+    idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    model(idx, idx).backward()
+    model.zero_grad()
+    return model
+
+
+def synchronize(model: torch.nn.Module, now: bool):
+    """Whether the next backward pass adds up gradients over all processes, or keeps its own."""
+    model = getattr(model, "_orig_mod", model)  # within torch.compile's
+    if hasattr(model, "set_requires_gradient_sync"):  # fully_shard's
+        model.set_requires_gradient_sync(now)
+    elif isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = now  # as its no_sync() does
+
+
+def resume_after_restart(config: TrainConfig):
+    """torchrun starts all processes again where one has died: they go on from the checkpoint."""
+    path = f"{config.out_dir}/model.ckpt"
+    restarts = max(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
+    if restarts and os.path.exists(path):
+        with user_errors():
+            job = read_checkpoint(path).get("job")
+        if job == os.environ.get("TORCHELASTIC_RUN_ID"):  # and not an earlier run's
+            config.init_from = "resume"
+            say(f"restarted: going on from {path}")
 
 
 def open_dataset(config: TrainConfig, tokenizer: str | None = None) -> tuple[dict, dict]:
@@ -162,16 +377,21 @@ def get_batch(
     context_length: int,
     seed: int,
     shift_windows: bool = True,
+    rank: int = 0,
+    processes: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets, each (batch_size, context_length) int64, of update number `step`.
 
-    A function of its arguments alone. The stream `split` (L,) is closed to a ring and cut into
+    A function of its arguments alone. Of several `processes` each gets its share of the rows, in
+    the order of their ranks. The stream `split` (L,) is closed to a ring and cut into
     windows from an offset that is new in every epoch (0 without `shift_windows`); an epoch visits
     each window once, in shuffled order.
     """
     windows = (len(split) - 1) // context_length  # in an epoch
-    epoch, place = np.divmod(step * batch_size + np.arange(batch_size), windows)
-    starts = np.empty(batch_size, dtype=np.int64)
+    share = batch_size // processes
+    rows = step * batch_size + rank * share + np.arange(share)
+    epoch, place = np.divmod(rows, windows)
+    starts = np.empty(share, dtype=np.int64)
     for e in np.unique(epoch):
         rng = np.random.default_rng([seed, e])
         offset = rng.integers(len(split)) if shift_windows else 0
@@ -215,6 +435,7 @@ def estimate_loss(model, splits, config, device, autocast) -> dict[str, float]:
     """Mean loss of each split over `eval_iters` batches, the same at every call, without dropout.
 
     The windows lie evenly over the split; one that has no more is seen whole, each token once.
+    Processes take turns at the batches; the sums are added up in one order, however many they are.
     """
     T, size = config.context_length, config.micro_batch_size
     losses = {}
@@ -223,8 +444,9 @@ def estimate_loss(model, splits, config, device, autocast) -> dict[str, float]:
         windows = -(-(len(split) - 1) // T)  # the last one may be short
         count = min(windows, config.eval_iters * config.batch_size)
         starts = np.arange(count) * windows // count * T
-        total = tokens = 0
-        for first in range(0, count, size):
+        batches, sums = -(-count // size), []
+        for i in range(rank(), -(-batches // processes()) * processes(), processes()):
+            first = min(i, batches - 1) * size  # as many for each: a forward pass may take all
             positions = starts[first : first + size, None] + np.arange(T + 1)  # (B, T + 1)
             batch = torch.from_numpy(split[positions % len(split)].astype(np.int64))
             batch = check_ids(batch, config).to(device)
@@ -232,8 +454,9 @@ def estimate_loss(model, splits, config, device, autocast) -> dict[str, float]:
             x, y = (batch[:, :-1], batch[:, 1:].masked_fill(ended, -100))  # -100: does not count
             with autocast:
                 loss = model(x, y)
-            total += loss.item() * int((~ended).sum())
-            tokens += int((~ended).sum())
+            tokens = int((~ended).sum()) if i < batches else 0
+            sums.append((loss.item() * tokens, tokens))
+        total, tokens = map(sum, zip(*(pair for turn in zip(*gather(sums)) for pair in turn)))
         losses[name] = total / tokens
     model.train()
     return losses
@@ -364,17 +587,19 @@ def check_memory(config: TrainConfig, device: torch.device):
     """Refuse a model that cannot fit: weight, gradient and two moments are 16 bytes a parameter."""
     C = config.n_embd
     parameters = C * (config.vocab_size + config.context_length + 12 * config.n_layer * C)
+    needed = 16 * parameters / (processes() if config.parallel == "fsdp" else 1)
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # who share it
         memory = (
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
             if hasattr(os, "sysconf")
             else 1e12
         )
-    if 16 * parameters > memory:
+    if needed > memory:
         raise UserError(
-            f"a model of {parameters:,} parameters takes {16 * parameters / 1e9:,.0f} GB to train; "
+            f"a model of {parameters:,} parameters takes {needed / 1e9:,.0f} GB to train; "
             f"here are {memory / 1e9:,.0f} GB"
         )
 
@@ -424,7 +649,11 @@ class Metrics:
 
 
 class Stop:
-    """Waits for Ctrl-C or SIGTERM: the first is kept in `signal`, a second ends the program."""
+    """Waits for Ctrl-C or SIGTERM: the first is kept in `signal`, a second ends the program.
+
+    What a terminal sends to all processes torchrun passes on to each, so there a second one counts
+    only some seconds later.
+    """
 
     def __enter__(self):
         self.signal = None
@@ -433,11 +662,20 @@ class Stop:
         return self
 
     def handle(self, number, frame):
-        self.signal = number
-        for each in self.before:
-            signal.signal(each, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # print may not be called here
-            os.write(1, b"stopping after this update; a second time stops at once\n")
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+            with contextlib.suppress(OSError):  # print may not be called here
+                os.write(1, b"stopping after this update; a second time stops at once\n")
+        elif time.monotonic() > self.since + 5:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not dist.is_initialized():
+            for each in self.before:
+                signal.signal(each, signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """The signal that any of the processes has got, the same for all; 0 if none has."""
+        return int(all_reduce(torch.tensor(self.signal or 0), dist.ReduceOp.MAX))
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
@@ -449,7 +687,8 @@ def compiled(gpt: GPT, config: TrainConfig, device: torch.device, autocast) -> t
     if config.compile is False or (config.compile is None and device.type != "cuda"):
         return gpt
     model = torch.compile(gpt, dynamic=False)
-    idx = torch.zeros(config.micro_batch_size, config.context_length, dtype=torch.int64)
+    B = min(config.micro_batch_size, config.batch_size // processes())
+    idx = torch.zeros(B, config.context_length, dtype=torch.int64)
     started = time.perf_counter()
     try:
         with autocast:
@@ -494,7 +733,8 @@ class Muon(torch.optim.Muon):
     Its products are in `dtype`; theirs in bfloat16, which many CPUs are slow at. Queries, keys and
     values are matrices of their own. And as the mean gradient changes little from one update to the
     next, each matrix has its turn in one of `interval` updates alone, with a step as many times as
-    long: where batches are small, this optimizer would cost as much as the gradients.
+    long: where batches are small, this optimizer would cost as much as the gradients. Processes
+    share the work, a matrix each.
     """
 
     def __init__(self, params, dtype: torch.dtype, interval: int = 1, **settings):
@@ -507,7 +747,7 @@ class Muon(torch.optim.Muon):
     def step(self):
         for group in self.param_groups:
             lr, momentum = group["lr"] * (1 - self.found_inf) * self.interval, group["momentum"]
-            by_shape = {}  # matrices of one shape go through together
+            turn, by_shape = [], {}  # matrices of one shape go through together
             for index, p in enumerate(group["params"]):
                 state = self.state[p]
                 if "momentum_buffer" not in state:
@@ -516,8 +756,10 @@ class Muon(torch.optim.Muon):
                 grad = torch.where(self.found_inf > 0, mean, p.grad)
                 mean.lerp_(grad, 1 - momentum)
                 if (self.number + index) % self.interval == 0:
-                    update = grad.lerp(mean, momentum)  # Nesterov's
-                    by_shape.setdefault(p.shape, []).append((p, update))
+                    if len(turn) % processes() == rank():
+                        update = grad.lerp(mean, momentum)  # Nesterov's
+                        by_shape.setdefault(p.shape, []).append((p, update))
+                    turn.append(p)
             for (rows, columns), pairs in by_shape.items():
                 params, updates = zip(*pairs)
                 shape = (-1, columns, columns) if rows == 3 * columns else (-1, rows, columns)
@@ -526,6 +768,8 @@ class Muon(torch.optim.Muon):
                 for p, update in zip(params, updates.view(-1, rows, columns)):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.sub_(lr * math.sqrt(max(1, shape[1] / columns)) * update)
+            for index, p in enumerate(turn):
+                broadcast(p, index % processes())
 
 
 def orthogonal(x: torch.Tensor, steps: int) -> torch.Tensor:
@@ -581,7 +825,7 @@ OPTIMIZER_STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentu
 def optimizer_state(gpt: GPT, optimizers: list) -> dict[str, dict]:
     """What the optimizers remember of each parameter, by its name."""
     states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-    return {name: states[p] for name, p in gpt.named_parameters() if p in states}
+    return {name: whole(states[p]) for name, p in gpt.named_parameters() if p in states}
 
 
 def load_optimizer_state(gpt: GPT, optimizers: list, saved: dict, step: int):
@@ -597,28 +841,34 @@ def load_optimizer_state(gpt: GPT, optimizers: list, saved: dict, step: int):
             shape = torch.Size() if key == "step" else p.shape
             if not isinstance(value, torch.Tensor) or value.shape != shape:
                 raise ValueError(f"{kind}'s {key} of {name} does not fit it")
-        owner[p].state[p] = {key: value.to(p.device, torch.float32) for key, value in state.items()}
+            value = value.to(p.device, torch.float32)
+            state[key] = value if key == "step" else part(value, p)
+        owner[p].state[p] = state
 
 
 def update(model, optimizers, scaler, autocast, batch, config, step):
     """One step of gradient descent on `batch` (inputs, targets).
 
     Returns its loss, the norm of its gradient, and whether it was skipped, each a scalar tensor.
-    The batch goes through in micro batches, whose gradients add up to those of the whole. Where
+    The batch goes through in micro batches, whose gradients add up to those of the whole. Of
+    several processes each has its share of the batch, and gradients and loss are their mean. Where
     loss or norm is not finite, weights and optimizers stay as they are.
     """
     batch_loss = 0.0
-    micro_batches = zip(*(tensor.split(config.micro_batch_size) for tensor in batch))
+    micro_batches = list(zip(*(tensor.split(config.micro_batch_size) for tensor in batch)))
     for micro_step, (x, y) in enumerate(micro_batches):
-        set_rng(config.seed, step, micro_step)
+        set_rng(config.seed, step, micro_step, rank())
+        synchronize(model, micro_step == len(micro_batches) - 1)
         with autocast:
             loss = model(x, y)  # forward pass and loss
-        loss = loss * (len(x) / config.batch_size)
+        loss = loss * (len(x) / len(batch[0]))
         scaler.scale(loss).backward()  # backward pass
         batch_loss += loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
+    batch_loss = all_reduce(batch_loss) / processes()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+    norm = norm.full_tensor() if is_sharded(norm) else norm
     skipped = (~(batch_loss + norm).isfinite()).float()
     for optimizer in optimizers:
         # They do nothing where this is 1, and nobody waits for the device to know.
@@ -654,16 +904,20 @@ class Run:
         path = f"{config.out_dir}/model.ckpt"
         if resumes and saved["dataset"] != self.dataset:
             raise UserError(f"data/{config.dataset} is not what {path} was trained on")
+        seen = {f"data/{config.dataset}": self.dataset}
+        check_same(asdict(config) | seen | {f"{path} at step": saved.get("step")})
         with user_errors():
             self.device, self.dtype, self.autocast, self.scaler = precision(config)
+        check_parallel(config, self.device)
         if gpt is None:
             if config.vocab_size is None:
                 config.vocab_size = self.meta["vocab_size"]
             check_memory(config, self.device)
             torch.manual_seed(config.seed)
             gpt = GPT(GPTConfig(**config.model_args()))
-        self.gpt = gpt.to(self.device).train()
+        self.gpt = gpt.train()
         self.gpt.checkpoint, self.gpt.recompute = None, config.recompute
+        model = distribute(gpt, config, self.device, self.dtype)
         self.optimizers = make_optimizers(gpt, config)
         self.step, self.best_val_loss = 0, math.inf
         if resumes:
@@ -676,21 +930,27 @@ class Run:
             self.step, self.best_val_loss = saved["step"], saved["best_val_loss"]
         self.prompt = self.read_prompt()
         self.out_dir = Path(config.out_dir)
-        with user_errors():
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.wandb = start_wandb(config) if config.wandb else None
-        with user_errors():
-            if not resumes:
-                keep_old(self.out_dir)
-            self.metrics = Metrics(self.out_dir / "metrics.jsonl", self.step)
+        self.wandb = self.metrics = None  # are the first process's
+        if rank() == 0:
+            self.open_files(resumes)
         self.describe()
-        self.model = compiled(gpt, config, self.device, self.autocast)
+        self.model = compiled(model, config, self.device, self.autocast)
         self.first_step = self.saved_step = self.logged_step = self.step
         self.started = self.logged_at = time.perf_counter()
         self.next_batch = None
         self.spent = Counter()  # seconds that were not training
         # Skipped updates since the last report, in a row until now, and the most in a row.
         self.skipped = torch.zeros(3, device=self.device)
+
+    def open_files(self, resumes: bool):
+        """Where the run's files go."""
+        with user_errors():
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.wandb = start_wandb(self.config) if self.config.wandb else None
+        with user_errors():
+            if not resumes:
+                keep_old(self.out_dir)
+            self.metrics = Metrics(self.out_dir / "metrics.jsonl", self.step)
 
     def read_prompt(self) -> list[int]:
         """Token ids of the prompt for samples; none where there are to be no samples."""
@@ -715,7 +975,8 @@ class Run:
             f"({meta['tokenizer']})\n"
             f"model   {self.gpt.num_parameters():,} parameters: {config.n_layer} layers, "
             f"{config.n_embd} channels, {config.n_head} heads, context {config.context_length:,}\n"
-            f"device  {self.device}, matrix products in {str(self.dtype).removeprefix('torch.')}\n"
+            f"device  {self.device}, matrix products in {str(self.dtype).removeprefix('torch.')}"
+            f"{f', {processes()} processes ({config.parallel})' if dist.is_initialized() else ''}\n"
             f"run     {config.max_iters:,} updates of {self.tokens_per_update:,} tokens, "
             f"{epochs:.3g} epochs"
         )
@@ -732,6 +993,8 @@ class Run:
             context_length=config.context_length,
             seed=config.seed,
             shift_windows=config.shift_windows,
+            rank=rank(),
+            processes=processes(),
         )
         check_ids(torch.maximum(*batch), config)
         if self.device.type == "cuda":  # only pinned memory is copied while the GPU computes
@@ -769,6 +1032,8 @@ class Run:
 
     def record(self, **values):
         """Add a line to metrics.jsonl."""
+        if self.metrics is None:
+            return
         values = {x: value if math.isfinite(value) else None for x, value in values.items()}
         seconds = self.metrics.seconds + time.perf_counter() - self.started
         line = {"step": self.step, "seconds": round(seconds, 3)} | values
@@ -811,7 +1076,7 @@ class Run:
         peak = peak_flops(torch.cuda.get_device_name(self.device))
         if peak is None:
             return ""
-        return f"  MFU {rate * self.gpt.flops_per_token() / peak:.0%}"
+        return f"  MFU {rate * self.gpt.flops_per_token() / peak / processes():.0%}"
 
     def evaluate(self):
         with self.spending("evaluation"):
@@ -823,22 +1088,26 @@ class Run:
             f"{self.step_name()}  training loss {train_loss:.4f}  validation loss {val_loss:.4f}"
             f"  perplexity {perplexity:,.2f}"
         )
-        if self.prompt:
-            with self.spending("samples"):
+        sharded = self.config.parallel == "fsdp"
+        if self.prompt and (rank() == 0 or sharded):  # of a sharded model all are needed
+            autocast = self.autocast if sharded else contextlib.nullcontext()
+            with self.spending("samples"), autocast:
                 idx = torch.tensor([self.prompt], device=self.device)
-                idx = self.gpt.generate(idx, 40, temperature=0)
+                idx = self.gpt.generate(idx, 40, temperature=0, use_cache=not sharded)
             say("      " + " ".join(prepare.decode(self.tokenizer, idx[0].tolist()).split()))
+        if sharded:
+            self.gpt.reshard()  # which otherwise a backward pass does
         if val_loss < self.best_val_loss:
             before, self.best_val_loss = self.best_val_loss, val_loss
             if self.config.save_best and self.step > 0:
                 with self.spending("saving"):
-                    if not save_checkpoint(self.out_dir / "best.ckpt", self.contents()):
+                    if not on_first(save_checkpoint, self.out_dir / "best.ckpt", self.contents()):
                         self.best_val_loss = before  # the next good one is saved, then
 
     def contents(self) -> dict:
         """What a checkpoint holds, but for what only resuming needs."""
         return {
-            "model": self.gpt.state_dict(),
+            "model": whole(self.gpt.state_dict(keep_vars=True)),
             "model_args": asdict(self.gpt.config),
             "config": asdict(self.config),
             "tokenizer": self.meta["tokenizer"],
@@ -855,18 +1124,20 @@ class Run:
             if not last:
                 say(f"{path.as_posix()} not saved: the last {in_a_row:,} updates were skipped")
                 return False
-            if path.exists():  # the weights that they follow may be the ones to blame
+            # The weights that they follow may be the ones to blame.
+            if rank() == 0 and path.exists():
                 os.replace(path, f"{path}.bak")
                 say(f"the last {in_a_row:,} updates were skipped; model.ckpt.bak is of before them")
         contents = self.contents() | {
             "optimizer": optimizer_state(self.gpt, self.optimizers),
             "scaler": self.scaler.state_dict(),
             "dataset": self.dataset,
+            "job": os.environ.get("TORCHELASTIC_RUN_ID"),
         }
         with self.spending("saving"):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, AttributeError):
                 self.metrics.flush()  # a checkpoint never knows more than metrics.jsonl
-            saved = save_checkpoint(path, contents)
+            saved = on_first(save_checkpoint, path, contents)
         self.saved_step = self.step if saved else self.saved_step
         return saved
 
@@ -874,7 +1145,8 @@ class Run:
         """The picture, and where the time went."""
         with self.spending("drawing"):
             try:
-                plot(self.out_dir, self.config)
+                if rank() == 0:
+                    plot(self.out_dir, self.config)
             except Exception as error:  # whatever it is, the run is worth more than its picture
                 say(f"no loss.png: {error}")
         self.check_skipped()
@@ -884,15 +1156,18 @@ class Run:
         say(f"{self.step - self.first_step:,} updates in {duration(total)}: {listed}")
 
 
+@together()
 def main(argv: list[str]):
     config = parse(TrainConfig, argv)
     if config.plan:
         return plan(config)
+    resume = "" if config.init_from == "resume" else " --init_from resume"
+    resume_after_restart(config)
     training = Run(config)
     with Stop() as stop:
         if training.step == 0:
             training.evaluate()
-        while training.step < config.max_iters and not stop.signal:
+        while training.step < config.max_iters and not stop.agreed():
             loss, norm = training.update()
             if training.step % config.log_interval == 0:
                 training.log(loss, norm)
@@ -902,12 +1177,13 @@ def main(argv: list[str]):
                 training.save()
         saved = training.save(last=True)
         training.finish()
-    if not saved:
-        sys.exit(1)
-    if stop.signal:
-        resume = "" if config.init_from == "resume" else " --init_from resume"
-        say(f"to go on: python train.py {shlex.join(argv)}{resume}")
-        sys.exit(128 + stop.signal)
+        stopped = stop.agreed()
+    if stopped and saved:
+        launcher = f"torchrun --nproc_per_node={processes()}" if dist.is_initialized() else "python"
+        say(f"to go on: {launcher} train.py {shlex.join(argv)}{resume}")
+    gather(None)  # torchrun ends all processes at the first one's exit code
+    if stopped or not saved:
+        sys.exit(128 + stopped if saved else 1)
 
 
 # Parts of a model by what stands in the names of their parameters.

@@ -5,6 +5,7 @@
     python tests/benchmark.py training data          the training step; get_batch
     python tests/benchmark.py growth                 larger models, longer contexts
     python tests/benchmark.py corpus --rounds 1 --megabytes 2000    prepare.py beside tiktoken alone
+    python tests/benchmark.py parallel               one process and two
 
 The sides of a comparison take turns in one process, after a round that does not count; figures are
 medians over --rounds. Without the package transformers its rows are left out.
@@ -410,8 +411,68 @@ def corpus(rounds: int, megabytes: int = 200) -> dict[str, float]:
     return {row: statistics.median(values) for row, values in rows.items()}
 
 
+# --- Several processes ----------------------------------------------------------------------------
+
+
+def updates(settings: dict, processes: int) -> tuple[float, float, float]:
+    """Median seconds of an update, of one without synchronising, and of adding up as much alone.
+
+    By this process, which is one of so many; each has its share of the batch.
+    """
+    config = train.TrainConfig(**settings)
+    device, dtype, autocast, scaler = train.precision(config)
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(**config.model_args())).train()
+    model = train.distribute(gpt, config, device, dtype)
+    how = (model, train.make_optimizers(gpt, config), scaler, autocast)
+    shape = (config.batch_size // processes, config.context_length)
+    batch = [torch.randint(config.vocab_size, shape, device=device) for _ in range(2)]
+    gradients = torch.zeros(gpt.num_parameters(), device=device)
+
+    synchronize = train.synchronize
+
+    def alone():
+        train.synchronize = lambda model, now: synchronize(model, False)
+        train.update(*how, batch, config, 0)
+        train.synchronize = synchronize
+
+    sides = {"update": lambda: train.update(*how, batch, config, 0)}
+    if processes > 1 and config.parallel == "ddp":
+        sides["alone"] = alone
+        sides["sum"] = lambda: train.all_reduce(gradients)
+    seconds = take_turns(sides, 3)
+    return tuple(seconds.get(name, 0.0) for name in ("update", "alone", "sum"))
+
+
+def parallel(rounds: int) -> dict[str, float]:
+    """A batch of 4 x 256 tokens by one process with 2 threads, and by 2 with one each (gloo)."""
+    found = {}
+    for size, (n_layer, n_head, n_embd) in {"10M": (4, 4, 128), "124M": (12, 12, 768)}.items():
+        settings = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50257)
+        settings |= dict(batch_size=4, context_length=256, device="cpu", dtype="float32")
+        for processes, how in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
+            argv = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            argv = [*argv, f"--nproc_per_node={processes}"] if processes > 1 else argv[:1]
+            argv += [__file__, "--updates", json.dumps(settings | {"parallel": how})]
+            environment = os.environ | {"OMP_NUM_THREADS": str(2 // processes)}
+            done = subprocess.run(argv, env=environment, stdout=subprocess.PIPE, text=True)
+            update, alone, total = json.loads(done.stdout.splitlines()[-1])
+            label = f"{size}, {processes} process{'es' * (processes > 1)}"
+            label += f", {how}" if processes > 1 else ""
+            found[f"{label}: seconds"] = update
+            if processes > 1 and how == "ddp":
+                found[f"{label}: seconds without synchronising"] = alone
+                found[f"{label}: seconds to add up the gradients alone"] = total
+    return found
+
+
+@train.together()
+def print_updates(settings: str):
+    print(json.dumps(updates(json.loads(settings), train.processes())), flush=True)
+
+
 PARTS = {"generation": generation, "training": training, "data": data, "growth": growth}
-PARTS |= {"corpus": corpus}
+PARTS |= {"corpus": corpus, "parallel": parallel}
 
 
 def main():
@@ -422,7 +483,10 @@ def main():
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count [3]")
     parser.add_argument("--megabytes", type=int, default=200, help="of text for corpus [200]")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--updates", help=argparse.SUPPRESS)  # what `parallel` starts
     args = parser.parse_args()
+    if args.updates:
+        return print_updates(args.updates)
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     found = {"machine": machine(choose_device()[0])}

@@ -1,12 +1,14 @@
 """Kills real runs at random moments and looks at what they left.
 
-    python tests/faults.py                     200 kills of train.py, 100 of prepare.py, full disk
+    python tests/faults.py                     200 kills of train.py, 100 of prepare.py, 10 of a
+                                               worker under torchrun, full disk
     python tests/faults.py --kills 20 --seed 7
 
 Part 1 trains a small model (dropout, accumulation, evaluations), kills the process with SIGKILL
 again and again, some of the time inside a save, resumes, and compares the weights and metrics.jsonl
 bit for bit with those of a run that nobody disturbed. Part 2 does the same to prepare.py: the
-dataset is the old one or the new one. Part 3 trains where there is no room for a second checkpoint.
+dataset is the old one or the new one. Part 3 kills one of two processes that torchrun has started
+and restarts, and compares as part 1. Part 4 trains where there is no room for a second checkpoint.
 """
 
 import argparse
@@ -40,9 +42,9 @@ RUN += ["--warmup_iters=5", "--eval_interval=7", "--eval_iters=2", "--log_interv
 RUN += ["--checkpoint_interval=3", "--sample_prompt="]
 
 
-def start(script: str, *words: str, folder: Path, **options) -> subprocess.Popen:
+def start(script: str, *words: str, folder: Path, launcher=(), **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *words],
+        [sys.executable, *launcher, str(ROOT / script), *words],
         cwd=folder,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -117,6 +119,37 @@ def kill_training(folder: Path, kills: int, rng: random.Random, out: str, refere
             print("DIFFERENT", name)
         for path in folder_out.iterdir():
             path.unlink()
+    return counts
+
+
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def kill_worker(folder: Path, kills: int, rng: random.Random) -> Counter:
+    """Kill one of two workers, once in each run; torchrun starts both again."""
+    finish("train.py", *RUN, "--out_dir=whole", folder=folder, launcher=TORCHRUN)
+    reference, counts = result(folder / "whole"), Counter()
+    reference[0].pop("job")  # torchrun's name for the run
+    while sum(n for name, n in counts.items() if name.startswith("killed")) < kills:
+        shutil.rmtree(folder / "many", ignore_errors=True)
+        launcher = [*TORCHRUN, "--max_restarts=1"]
+        process = start("train.py", *RUN, "--out_dir=many", folder=folder, launcher=launcher)
+        for line in process.stdout:
+            if line.startswith("data"):
+                break
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        time.sleep(rng.uniform(0, 3))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(rng.choice(found.stdout.split())), signal.SIGKILL)
+        out, _ = process.communicate()
+        assert process.returncode == 0, out
+        resumed = "between saves" if "restarted: going on from" in out else "before any save"
+        counts[f"killed {resumed}" if "exitcode: -9" in out else "runs ended before"] += 1
+        ended = result(folder / "many")
+        ended[0].pop("job")
+        for name in differences(reference, ended):
+            counts["DIFFERENT"] += 1
+            print("DIFFERENT", name)
     return counts
 
 
@@ -236,6 +269,11 @@ def main():
             print(f"  {count:4d} {where}")
         counts = kill_prepare(folder, args.kills // 2, rng)
         print("prepare.py")
+        for where, count in sorted(counts.items()):
+            print(f"  {count:4d} {where}")
+        counts = kill_worker(folder, min(10, args.kills), rng)
+        different += counts["DIFFERENT"]
+        print("a worker under torchrun")
         for where, count in sorted(counts.items()):
             print(f"  {count:4d} {where}")
         print("full disk\n  ", full_disk(folder))
