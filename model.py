@@ -45,8 +45,6 @@ class GPTConfig:
     rotary: bool = False  # positions turn queries and keys (Su et al. 2021), in place of wpe
     rms_norm: bool = False  # divide by the root mean square (Zhang & Sennrich 2019), no gains
     qk_norm: bool = False  # normalise queries and keys (Henry et al. 2020)
-    squared_relu: bool = False  # in place of GELU (So et al. 2021, "Primer")
-    zero_init: bool = False  # branches and an untied head add nothing at first (Zhang et al. 2019)
 
     def __post_init__(self):
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
@@ -192,14 +190,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.squared_relu = config.squared_relu
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.c_fc(x)  # (B, T, 4C)
-        if self.squared_relu:
-            x = F.relu(x).square()
-        else:
-            x = F.gelu(x, approximate="tanh")  # OpenAI's form of GELU (Hendrycks & Gimpel 2016)
+        x = F.gelu(x, approximate="tanh")  # OpenAI's form of GELU (Hendrycks & Gimpel 2016)
         return self.c_proj(x)  # (B, T, C)
 
 
@@ -245,8 +239,6 @@ class GPT(nn.Module):
             nn.init.normal_(embedding.weight, std=config.embedding_std)
         if config.rotary:
             del self.transformer.wpe
-        if config.zero_init and not config.tie_weights:
-            nn.init.zeros_(self.lm_head.weight)
 
     def _tie_weights(self):
         if self.config.tie_weights:  # Press & Wolf 2017, "Using the Output Embedding"
@@ -259,8 +251,7 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
         if isinstance(module, (CausalSelfAttention, MLP)):  # after its own Linears
-            std = 0.0 if self.config.zero_init else 0.02 / math.sqrt(2 * self.config.n_layer)
-            nn.init.normal_(module.c_proj.weight, std=std)
+            nn.init.normal_(module.c_proj.weight, std=0.02 / math.sqrt(2 * self.config.n_layer))
 
     def forward(
         self,
@@ -566,7 +557,6 @@ NOT_GPT2 = {
     "rotary": "rotary positions",
     "rms_norm": "RMSNorm",
     "qk_norm": "normalised queries and keys",
-    "squared_relu": "squared ReLU",
 }
 
 # Matrices that OpenAI wrote (in, out) where nn.Linear has (out, in).

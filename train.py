@@ -55,7 +55,7 @@ class TrainConfig(GPTConfig):
     # Updates
     max_iters: int = 1000  # updates in all
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the matrices in the blocks alone
-    learning_rate: float = 6e-4  # the highest learning rate
+    learning_rate: float = 6e-4  # the highest learning rate (with muon about 0.02)
     embedding_learning_rate: float = 6e-4  # with muon: of embeddings, biases and gains
     head_learning_rate: float = 6e-4  # with muon: of an untied head of 128 channels, less of more
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up
@@ -196,8 +196,12 @@ def together():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
         store, number, count = next(rendezvous("env://", timeout=RENDEZVOUS))
-        # torchrun's own store has the addresses of before a restart (pytorch/pytorch#135712).
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            # torchrun's own store has the addresses of before a restart (pytorch/pytorch#135712).
+            # On several machines the counts may differ, and a variable is to be set: see README.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        store.set(f"here {number}", "")
+        store.wait([f"here {each}" for each in range(count)], RENDEZVOUS)
         dist.init_process_group(backend, store=store, rank=number, world_size=count)
     except (RuntimeError, ValueError) as error:
         where = ":".join(os.environ.get(f"MASTER_{x}", "?") for x in ("ADDR", "PORT"))
@@ -229,6 +233,8 @@ def together():
     # gloo's threads may crash as Python cleans up (https://github.com/pytorch/pytorch/pull/179291),
     # so it does not come to that.
     atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)
 
 
@@ -312,7 +318,7 @@ def resume_after_restart(config: TrainConfig):
     restarts = max(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
     if restarts and os.path.exists(path):
         with user_errors():
-            job = read_checkpoint(path).get("job")
+            job = on_first(lambda: read_checkpoint(path).get("job"))
         if job == os.environ.get("TORCHELASTIC_RUN_ID"):  # and not an earlier run's
             config.init_from = "resume"
             say(f"restarted: going on from {path}")
@@ -437,7 +443,7 @@ def estimate_loss(model, splits, config, device, autocast) -> dict[str, float]:
     The windows lie evenly over the split; one that has no more is seen whole, each token once.
     Processes take turns at the batches; the sums are added up in one order, however many they are.
     """
-    T, size = config.context_length, config.micro_batch_size
+    T, size = config.context_length, min(config.micro_batch_size, config.batch_size // processes())
     losses = {}
     model.eval()
     for name, split in splits.items():
@@ -689,17 +695,17 @@ def compiled(gpt: GPT, config: TrainConfig, device: torch.device, autocast) -> t
     model = torch.compile(gpt, dynamic=False)
     B = min(config.micro_batch_size, config.batch_size // processes())
     idx = torch.zeros(B, config.context_length, dtype=torch.int64)
-    started = time.perf_counter()
+    started, reason = time.perf_counter(), ""
     try:
         with autocast:
             loss = model(idx.to(device), idx.to(device))
-        loss.backward()
     except Exception as error:  # of as many kinds as there are ways to lack a compiler
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        say(f"not compiled, training is slower for it: {reason}")
+    if any(reasons := gather(reason)):  # in one process: then none is
+        say(f"not compiled, training is slower for it: {next(filter(None, reasons))}")
         return gpt
-    finally:
-        gpt.zero_grad()
+    loss.backward()
+    gpt.zero_grad()
     say(f"compiled in {duration(time.perf_counter() - started)}")
     return model
 
@@ -728,7 +734,7 @@ def set_lr(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConf
 
 
 class Muon(torch.optim.Muon):
-    """PyTorch's, but for three things.
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), beside PyTorch's.
 
     Its products are in `dtype`; theirs in bfloat16, which many CPUs are slow at. Queries, keys and
     values are matrices of their own. And as the mean gradient changes little from one update to the
@@ -764,7 +770,7 @@ class Muon(torch.optim.Muon):
                 params, updates = zip(*pairs)
                 shape = (-1, columns, columns) if rows == 3 * columns else (-1, rows, columns)
                 updates = torch.stack(updates).view(shape)
-                updates = orthogonal(updates.to(self.dtype), group["ns_steps"])
+                updates = orthogonal(updates, self.dtype, group["ns_steps"])
                 for p, update in zip(params, updates.view(-1, rows, columns)):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.sub_(lr * math.sqrt(max(1, shape[1] / columns)) * update)
@@ -772,12 +778,12 @@ class Muon(torch.optim.Muon):
                 broadcast(p, index % processes())
 
 
-def orthogonal(x: torch.Tensor, steps: int) -> torch.Tensor:
-    """The orthogonal matrices nearest to `x` (..., M, N): all singular values 0.7 to 1.2.
+def orthogonal(x: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
+    """The orthogonal matrices nearest to `x` (..., M, N), in `dtype`: singular values 0.7 to 1.2.
 
     Newton and Schulz's iteration, as in Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
     """
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-20)).to(dtype)
     if tall := x.shape[-2] > x.shape[-1]:
         x = x.mT
     for _ in range(steps):
@@ -810,7 +816,7 @@ def make_optimizers(gpt: GPT, config: TrainConfig) -> list[torch.optim.Optimizer
     ]
     muon = Muon(
         [dict(params=matrices, share=1.0)],
-        choose_device(config.device)[1],
+        choose_device(config.device, config.dtype)[1],
         config.muon_interval,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -1225,10 +1231,12 @@ def plan(config: TrainConfig):
     At its highest, memory holds weights and moments, and either all gradients or, before there are
     any but the output head's, the activations with the logits and their gradient.
     """
+    if config.init_from != "scratch":
+        raise UserError(f"--plan is of models from scratch, not --init_from {config.init_from}")
     with user_errors():
         _, dtype, autocast, _ = precision(config)
     if config.vocab_size is None:
-        config.vocab_size = prepare.load_dataset(config.dataset)[1]["vocab_size"]
+        config.vocab_size = prepare.read_meta(Path("data") / config.dataset)["vocab_size"]
     with torch.device("meta"):
         gpt = GPT(GPTConfig(**config.model_args()))
     parts, total = Counter(), gpt.num_parameters()
@@ -1256,15 +1264,17 @@ def plan(config: TrainConfig):
     )
     root = sum(p.numel() for name, p in gpt.named_parameters() if ".h." not in name)
     block = (total - root) // config.n_layer
-    for count, parallel in ((1, "ddp"), (8, "ddp"), (8, "fsdp"), (64, "fsdp")):
-        share = max(1, config.batch_size // count)
+    for count, parallel in ((1, "ddp"), (8, "ddp"), (8, "fsdp"), (32, "fsdp"), (96, "fsdp")):
+        share, rest = divmod(config.batch_size, count)
+        if rest or (parallel == "fsdp" and config.optimizer == "muon"):
+            continue
         B = min(config.micro_batch_size, share)
         cut = count if parallel == "fsdp" else 1
         sizes = weights / cut, weights / cut, moments / cut  # gradients are like weights
         together = 4 * root + 2 * dtype.itemsize * block if cut > 1 else 0  # while it is in use
         logits = 2 * in_memory(B * config.context_length * config.vocab_size)
         head = in_memory(config.n_embd * config.vocab_size)
-        held = sizes[1] if B < share else 0  # gradients of the micro batches before
+        held = weights if B < share else 0  # gradients of the micro batches before, whole
         peaks = []
         for recompute in (False, True):
             activations = count_activations(config, B, autocast, recompute)

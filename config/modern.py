@@ -15,8 +15,6 @@ tie_weights = False
 rotary = True
 rms_norm = True  # the embeddings are normalised too, before the first block
 qk_norm = True
-squared_relu = True
-zero_init = True
 
 # Validation loss with these rates 1.785; with half of learning_rate 1.844, twice it 1.831; with
 # 4 x embedding_learning_rate 1.789; with 0.4 x head_learning_rate 1.809. Muon's rate is meant to
