@@ -12,8 +12,8 @@ or .jsonl.gz file or a row of a .parquet file, the latter with the text in --fie
 cut in two by its characters; of several documents, each goes whole to one side by a hash of its
 content, and <|endoftext|> follows it.
 
-Everything is streamed: memory does not grow with the corpus, only with its largest document. The
-ids are the same whatever the number of --workers.
+Everything is streamed: memory does not grow with the corpus, only with its largest document, which
+may have 64 MiB (a single text: any size). The ids are the same whatever the number of --workers.
 """
 
 import collections
@@ -69,9 +69,15 @@ LARGEST_DOCUMENT = 2**26  # bytes; to tokenize one may take ten times as much me
 # What gzip and pyarrow raise for a file that is damaged, cut off or of another kind.
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, LookupError, NotImplementedError)
 
-# No token of tiktoken's goes on from a word or sign to a space after it, nor from a letter or digit
-# to the end of its line: there a text can be cut without a change of its ids.
-LAST_CUT = re.compile(rb"(?s).*(?:[!-~](?= )|[0-9A-Za-z](?=\n))")
+# No token of tiktoken's goes on from a word or sign to a space after it, from a letter or digit to
+# the end of its line, or from a line that does not end in a space to a next one that does not begin
+# with a space or slash: there a text can be cut without a change of its ids. (C2, E1, E2 and E3 are
+# first bytes of spaces beyond ASCII.)
+LAST_CUT = re.compile(
+    rb"(?s).*(?:[!-~](?= )|[0-9A-Za-z](?=\n)|"
+    rb"..\S(?<!\xe3\x80\x80)(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)"
+    rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)\n(?=[^\s/\xc2\xe1-\xe3]))"
+)
 
 
 @dataclasses.dataclass
@@ -334,7 +340,7 @@ def read_records(paths: list[str], field: str):
             with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
                 for where, raw in read_file(file, path, field):
                     if len(raw) > LARGEST_DOCUMENT:
-                        raise ValueError(f"a document of more than {LARGEST_DOCUMENT:,} bytes")
+                        raw = f"{where}: a document of more than {LARGEST_DOCUMENT:,} bytes"
                     done = before + file.tell() if file.seekable() else before  # a pipe is not
                     yield (where, raw, json_field), len(raw), done
         except UNREADABLE as error:
@@ -351,6 +357,9 @@ def read_file(file, path: str, field: str):
         unzipped = gzip.open(file) if path.lower().endswith(".gz") else file
         lines = iter(lambda: unzipped.readline(LARGEST_DOCUMENT + 1), b"")
         for number, line in enumerate(lines, 1):
+            rest = line
+            while len(rest) > LARGEST_DOCUMENT and not rest.endswith(b"\n"):
+                rest = unzipped.readline(LARGEST_DOCUMENT + 1)
             if not line.isspace():  # as the last one often is
                 yield f"{path}, line {number:,}", line
     else:

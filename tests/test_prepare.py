@@ -369,8 +369,24 @@ def test_only_so_much_is_under_way(monkeypatch, workers):
     assert taken == 49 and shown == read_ahead
 
 
-SPACES = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\x85"]
-SIGNS = ["a", "It's", "'ll", " the", "12", "345", ".", "...", "_", "\u00fc", "\u0301", "\u6f22"]
+SPACES = [" ", "  ", "\n", "\n", "\r\n", "\t", "\u00a0", "\u3000", "\x85", "\u2009", "\u202f"]
+SIGNS = [
+    "/",
+    "\u3002",
+    "\u3002\n\u6f22",
+    "a",
+    "It's",
+    "'ll",
+    " the",
+    "12",
+    "345",
+    ".",
+    "...",
+    "_",
+    "\u00fc",
+    "\u0301",
+    "\u6f22",
+]
 TEXTS = st.lists(st.sampled_from(SPACES + SIGNS) | st.text(max_size=3), min_size=1).map("".join)
 
 
@@ -492,6 +508,16 @@ def test_parquet_without_pyarrow(command, folder, monkeypatch):
     assert code == 2 and "need pyarrow, which is not here: pip install pyarrow" in err
 
 
+def test_a_record_that_is_too_large_is_skipped_alone(command, folder, monkeypatch):
+    monkeypatch.setattr(prepare, "LARGEST_DOCUMENT", 2000)
+    texts = [f"text {n}" for n in range(50)]
+    write_jsonl(folder / "d.jsonl", [*texts[:3], "a" * 7001, *texts[3:]])
+    code, out, _ = command("prepare.py", "d.jsonl", "--tokenizer=bytes", "--on_error=skip")
+    assert code == 0 and "documents   50 " in out and "1 broken records" in out
+    ids = read(folder / "data/d", "train") + read(folder / "data/d", "val")
+    assert sorted(ids) == sorted("".join(texts).encode()) + [256] * 50
+
+
 @pytest.mark.parametrize(
     "argv, message",
     [
@@ -504,8 +530,8 @@ def test_parquet_without_pyarrow(command, folder, monkeypatch):
         (["empty.jsonl"], "there is no document in what is given"),
         (["one.jsonl"], "too little text, nothing is left for val.bin"),
         (["empty"], "empty/a.txt is empty"),
-        (["large"], "large/b.txt: cannot read on: a document of more than 2,000 bytes"),
-        (["large.jsonl"], "large.jsonl, line 2: cannot read on: a document of more than 2,000"),
+        (["large"], "large/b.txt: a document of more than 2,000 bytes"),
+        (["large.jsonl"], "large.jsonl, line 2: a document of more than 2,000"),
         (["one.jsonl", "--workers=0"], "--workers is 0; it must be between 1 and 1,024"),
         (["one.jsonl", "--workers=two"], "--workers is 'two'; it must be int or none"),
         (["one.jsonl", "--on_error=ask"], "--on_error is 'ask'; it must be stop or skip"),
