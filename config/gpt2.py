@@ -17,8 +17,8 @@ or data of nanoGPT's, whose train.bin and val.bin in data/<name>/ are read as th
 (--dataset openwebtext).
 
 Time: 10 billion tokens are 6 x 124e6 x 10e9 = 7.4e18 floating-point operations, and a little more
-for attention. At 40 % of its 989e12 per second, one H100 needs about six hours; eight need 45
-minutes once a run spans processes; a laptop at 0.3e12 a year. These are sums, not measurements.
+for attention. At 40 % of its 989e12 per second, one H100 needs about six hours; eight (torchrun
+--nproc_per_node=8) 45 minutes; a laptop at 0.3e12 a year. These are sums, not measurements.
 """
 
 dataset = "corpus"
