@@ -74,9 +74,7 @@ UNREADABLE = (OSError, EOFError, ValueError, zlib.error, LookupError, NotImpleme
 # with a space or slash: there a text can be cut without a change of its ids. (C2, E1, E2 and E3 are
 # first bytes of spaces beyond ASCII.)
 LAST_CUT = re.compile(
-    rb"(?s).*(?:[!-~](?= )|[0-9A-Za-z](?=\n)|"
-    rb"..\S(?<!\xe3\x80\x80)(?<!\xc2[\x85\xa0])(?<!\xe1\x9a\x80)"
-    rb"(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf])(?<!\xe2\x81\x9f)\n(?=[^\s/\xc2\xe1-\xe3]))"
+    rb"(?s).*(?:[!-~](?= )|[0-9A-Za-z](?=\n)|\S\n(?=[^\s/\xc2\xe1-\xe3]))",
 )
 
 

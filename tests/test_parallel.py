@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -46,7 +47,7 @@ def torchrun(place, processes, *argv, options=(), script=(ROOT / "train.py",)):
     """A running torchrun, which does not outlive the block."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc_per_node={processes}", *options, *script, *argv]
-    environment = os.environ | {"PYTHONPATH": str(place / "without"), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": str(place / "without")}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(map(str, command), cwd=place, env=environment, **pipes) as process:
         try:
@@ -210,6 +211,19 @@ def test_a_batch_that_processes_cannot_share(monkeypatch):
     for batch_size, sizes in ((10, "8 or 12"), (3, "4")):
         with pytest.raises(config.UserError, match=f"by 4 processes: take --batch_size {sizes}$"):
             train.check_parallel(train.TrainConfig(batch_size=batch_size), torch.device("cpu"))
+
+
+def test_what_is_printed_arrives(place):
+    """Also where something other than torchrun, which has Python unbuffered, starts processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = dict(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    environment = {x: os.environ[x] for x in os.environ if x != "PYTHONUNBUFFERED"} | places
+    command = [sys.executable, ROOT / "train.py", *RUN, "--plan"]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("model "), done.stderr
+    assert done.stdout.count("64 x H100") == 1
 
 
 def test_fsdp_alone_is_refused(command, dataset):

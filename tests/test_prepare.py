@@ -394,6 +394,9 @@ TEXTS = st.lists(st.sampled_from(SPACES + SIGNS) | st.text(max_size=3), min_size
 @pytest.mark.parametrize("tokenizer", ["gpt2", "cl100k_base"])
 @given(text=TEXTS, size=st.integers(1, 12))
 @example(text="one two\nthree\n\n four.\n five  six\u00a0 seven", size=5)
+@example(text="\u6f22\u00a0\n\u6f22\u6f22", size=12)
+@example(text="\u6f22\u3000\n\u6f22\u6f22", size=12)
+@example(text="\u6f22\u2009\n\u6f22\u6f22", size=12)
 def test_pieces_have_the_ids_of_the_whole(tmp_path_factory, tokenizer, text, size):
     encode = prepare.get_tokenizer(tokenizer).encode_ordinary
     path = tmp_path_factory.getbasetemp() / "piece.txt"
