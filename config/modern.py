@@ -1,4 +1,4 @@
-"""What has been learnt since GPT-2: the same loss for a sixth of the tokens, on a small scale.
+"""What has been learnt since GPT-2: the same loss for a sixth of the tokens, in small runs.
 
     python prepare.py my.txt --tokenizer bytes --dataset modern
     python train.py config/modern.py --n_layer 4 --n_head 4 --n_embd 128 --context_length 64
