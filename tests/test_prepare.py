@@ -611,7 +611,9 @@ def test_an_error_at_any_step_of_saving_leaves_one_dataset(dataset, monkeypatch,
 def test_a_run_that_is_stopped_ends_at_once_and_can_be_run_again(folder, sent):
     write_jsonl(folder / "d.jsonl", [f"{text} {n}" for n in range(900) for text in DOCUMENTS])
     argv = [sys.executable, str(ROOT / "prepare.py"), "d.jsonl", "--tokenizer=bytes", "--workers=2"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # also with `&`
+    with subprocess.Popen(argv, **pipes, **heard) as process:
         written = folder / "data/d/train.bin.new.tmp"
         while process.poll() is None and not (written.exists() and written.stat().st_size):
             time.sleep(0.01)
