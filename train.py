@@ -11,6 +11,7 @@ resuming needs, out/metrics.jsonl, a line for every report, and out/loss.png, a 
 
 import atexit
 import contextlib
+import functools
 import json
 import math
 import os
@@ -32,7 +33,6 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -699,12 +699,16 @@ def compiled(gpt: GPT, config: TrainConfig, device: torch.device, autocast) -> t
     try:
         with autocast:
             loss = model(idx.to(device), idx.to(device))
+        if processes() == 1:
+            loss.backward()
     except Exception as error:  # of as many kinds as there are ways to lack a compiler
         reason = (str(error).strip() or repr(error)).splitlines()[0]
     if any(reasons := gather(reason)):  # in one process: then none is
         say(f"not compiled, training is slower for it: {next(filter(None, reasons))}")
+        gpt.zero_grad()
         return gpt
-    loss.backward()
+    if processes() > 1:  # which all have to begin
+        loss.backward()
     gpt.zero_grad()
     say(f"compiled in {duration(time.perf_counter() - started)}")
     return model
@@ -1208,6 +1212,8 @@ def count_activations(config: TrainConfig, B: int, autocast, recompute: bool) ->
 
     Counted by making that pass with tensors that have no contents.
     """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # which training does not need
+
     kept = {}
 
     def keep(x: torch.Tensor) -> torch.Tensor:
@@ -1264,6 +1270,7 @@ def plan(config: TrainConfig):
     )
     root = sum(p.numel() for name, p in gpt.named_parameters() if ".h." not in name)
     block = (total - root) // config.n_layer
+    count_once = functools.cache(lambda B, again: count_activations(config, B, autocast, again))
     for count, parallel in ((1, "ddp"), (8, "ddp"), (8, "fsdp"), (32, "fsdp"), (96, "fsdp")):
         share, rest = divmod(config.batch_size, count)
         if rest or (parallel == "fsdp" and config.optimizer == "muon"):
@@ -1277,7 +1284,7 @@ def plan(config: TrainConfig):
         held = weights if B < share else 0  # gradients of the micro batches before, whole
         peaks = []
         for recompute in (False, True):
-            activations = count_activations(config, B, autocast, recompute)
+            activations = count_once(B, recompute)
             most = max(sizes[1], held + activations + logits) + head
             peaks.append((activations, most + sizes[0] + sizes[2] + together))
         row = zip((9, 11, 11, 13, 7, 18), (*sizes, *peaks[0], peaks[1][1]))

@@ -1,7 +1,7 @@
 r"""GPT-2 124M from scratch, at about half a million tokens per update (GPT-3 paper, table 2.1).
 
-Data: FineWeb-Edu's sample of 10 billion tokens, .parquet files of about 2 GB each, 28 GB in all;
-"sample/10BT/000*" is the first of them, for a trial. The token ids take 20 GB.
+Data: FineWeb-Edu's sample of 10 billion tokens, in .parquet files; 2 bytes each, they take 20 GB.
+(The download has not been tried.)
 
     pip install huggingface_hub pyarrow tqdm
     hf download HuggingFaceFW/fineweb-edu --repo-type dataset --local-dir fineweb-edu \

@@ -702,6 +702,20 @@ def test_a_second_signal_of_any_kind_stops_at_once():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_compile_that_fails_backwards(command, dataset, monkeypatch):
+    def compile(gpt, dynamic):
+        def forward(*args):
+            loss = gpt(*args)
+            loss.register_hook(lambda grad: 1 / 0)
+            return loss
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile)
+    code, out, _ = command("train.py", *TINY, "--compile")
+    assert code == 0 and "not compiled, training is slower for it: division by zero" in out
+
+
 @pytest.mark.parametrize("message", ["no C compiler\nand many more lines", ""])
 def test_compile_that_cannot_be_had(command, dataset, monkeypatch, message):
     def refuse(*args, **kwargs):
