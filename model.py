@@ -17,6 +17,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import zipfile
 from dataclasses import dataclass, replace
 
@@ -506,6 +507,7 @@ class GPT(nn.Module):
             json.dump(theirs, file, indent=2)
         for written in (path, json_path):
             os.replace(written + ".tmp", written)
+        shutil.copymode(json_path, path)  # safetensors makes a file that nobody else may read
 
     @classmethod
     def from_state(cls, config: GPTConfig, state: dict, name: str) -> "GPT":
@@ -574,7 +576,10 @@ def import_extra(name: str):
 
 def download(name: str) -> str:
     """The folder that has the model called `name` on Hugging Face's hub."""
-    hub = import_extra("huggingface_hub")
+    try:
+        hub = import_extra("huggingface_hub")
+    except ValueError as error:
+        raise ValueError(f"{name} is not a file or folder here; for the hub {error}") from None
     try:
         return hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
     except Exception as error:  # of many kinds: no network, no such name, no permission

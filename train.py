@@ -332,7 +332,7 @@ def open_dataset(config: TrainConfig, tokenizer: str | None = None) -> tuple[dic
     splits, meta = prepare.load_dataset(config.dataset)
     if tokenizer not in (None, meta["tokenizer"]):
         raise UserError(
-            f"{config.init_from} reads {tokenizer} tokens, data/{config.dataset} holds "
+            f"the model reads {tokenizer} tokens, data/{config.dataset} holds "
             f"{meta['tokenizer']}: prepare it with --tokenizer {tokenizer}"
         )
     vocab_size = meta["vocab_size"] if config.vocab_size is None else config.vocab_size
@@ -582,6 +582,9 @@ def first_model(config: TrainConfig) -> GPT | None:
         if shape:
             listed = ", ".join(f"{x} ({changed[x][0]} there, {changed[x][1]} here)" for x in shape)
             raise UserError(f"{path} is of another model: {listed}")
+        if "optimizer" in changed:
+            was = changed["optimizer"][0]
+            raise UserError(f"{path} is of --optimizer {was}: with another use --init_from {path}")
         for x in sorted(changed.keys() - {"init_from"}):
             say(f"changed since the checkpoint: {x} was {changed[x][0]}, is {changed[x][1]}")
     for name, value in asdict(gpt.config).items():
@@ -908,8 +911,7 @@ class Run:
         gpt = first_model(config)
         saved, resumes = {} if gpt is None else gpt.checkpoint, config.init_from == "resume"
         self.config = config
-        wanted = None if resumes else saved.get("tokenizer")
-        self.splits, self.meta = open_dataset(config, wanted)
+        self.splits, self.meta = open_dataset(config, saved.get("tokenizer"))
         self.dataset = " ".join(self.meta[f"{split}_fingerprint"] for split in self.splits)
         path = f"{config.out_dir}/model.ckpt"
         if resumes and saved["dataset"] != self.dataset:
@@ -1265,15 +1267,19 @@ def plan(config: TrainConfig):
     print(f"checkpoint  {file / 1e9:,.4g} GB")
     print(
         f"\nGB per process, with up to {config.micro_batch_size} sequences at a time, products in "
-        f"{str(dtype).removeprefix('torch.')}:\n"
+        f"{str(dtype).removeprefix('torch.')}\n"
+        "(for a GPU add --dtype bfloat16), large tensors in pages of 2 MiB:\n"
         "processes  parallel  weights  gradients  optimizer  activations   peak  with --recompute"
     )
     root = sum(p.numel() for name, p in gpt.named_parameters() if ".h." not in name)
     block = (total - root) // config.n_layer
     count_once = functools.cache(lambda B, again: count_activations(config, B, autocast, again))
-    for count, parallel in ((1, "ddp"), (8, "ddp"), (8, "fsdp"), (32, "fsdp"), (96, "fsdp")):
+    rows = {("ddp", 1), ("ddp", 8), ("fsdp", 8), ("fsdp", 32), (config.parallel, processes())}
+    for parallel, count in sorted(rows):
         share, rest = divmod(config.batch_size, count)
         if rest or (parallel == "fsdp" and config.optimizer == "muon"):
+            why = f"they cannot share {config.batch_size} sequences" if rest else "not with Muon"
+            print(f"{count:9,}  {parallel:8}  {why}")
             continue
         B = min(config.micro_batch_size, share)
         cut = count if parallel == "fsdp" else 1

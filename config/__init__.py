@@ -49,6 +49,7 @@ def run(main):
     except BrokenPipeError:  # whoever read has seen enough (`| head`)
         sys.stdout = open(os.devnull, "w")
     except KeyboardInterrupt:
+        print(f"\n{sys.argv[0]}: stopped", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT, as shells report it
 
 

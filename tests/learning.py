@@ -3,6 +3,7 @@
     python tests/learning.py                            1M parameters, three seeds
     python tests/learning.py --size 10M --seeds 1       larger ones: 10M, 30M
     python tests/learning.py --ablation                 the recipe with each ingredient taken out
+    python tests/learning.py --ablation Muon QK-norm    some of them
     python tests/learning.py stdlib                     on the text that settings were chosen on
     python tests/learning.py my.txt --tokenizer gpt2    on your own
 
@@ -158,8 +159,8 @@ def compare(size: str, splits: dict, seeds: list[int], shares: list[float], brie
         )
 
 
-def ablate(size: str, splits: dict, seeds: list[int], share: float):
-    """Print the recipe with each ingredient taken out, and what that costs in updates.
+def ablate(size: str, splits: dict, seeds: list[int], share: float, names: list[str]):
+    """Print the recipe with each of the ingredients taken out, and what that costs in updates.
 
     A loss is worth as many updates as the recipe itself needs from there: its losses after `share`
     and after 0.8 `share` of the updates, on a line over the logarithm of the updates.
@@ -176,8 +177,8 @@ def ablate(size: str, splits: dict, seeds: list[int], share: float):
     slope = (shorter - whole) / math.log(updates / fewer)
     print(f"\n{size}: {updates} updates, means of {len(seeds)} seeds")
     print(f"{'the recipe':34} loss {whole:.4f}   (after {fewer} updates {shorter:.4f})")
-    for name, argv in ABLATION.items():
-        loss, _ = losses(argv)
+    for name in names:
+        loss, _ = losses(ABLATION[name])
         more = math.exp((loss - whole) / slope) - 1
         print(f"{'without ' + name:34} loss {loss:.4f}   {more:+.0%} updates", flush=True)
 
@@ -193,14 +194,17 @@ def main():
         "--shares", type=float, nargs="+", help="lengths of the recipe [0.1 ... 0.25]"
     )
     parser.add_argument("--brief", action="store_true", help="no run as long as the baseline's")
-    parser.add_argument("--ablation", action="store_true", help="leave out each ingredient")
+    parser.add_argument("--ablation", nargs="*", metavar="NAME", help="leave out each ingredient")
     args = parser.parse_args()
     if args.updates:
         SIZES[args.size]["max_iters"] = args.updates
     splits = open_text(args.text, args.tokenizer)
     seeds = list(range(1, args.seeds + 1))
-    if args.ablation:
-        ablate(args.size, splits, seeds, (args.shares or [0.25])[0])
+    if args.ablation is not None:
+        names = args.ablation or list(ABLATION)
+        if unknown := set(names) - set(ABLATION):
+            parser.error(f"{', '.join(unknown)}: ingredients are {', '.join(ABLATION)}")
+        ablate(args.size, splits, seeds, (args.shares or [0.25])[0], names)
     else:
         compare(args.size, splits, seeds, args.shares or [0.1, 0.15, 0.2, 0.25], args.brief)
 

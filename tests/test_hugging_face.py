@@ -1,6 +1,7 @@
 """Weights from and to Hugging Face, against transformers itself."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -91,6 +92,7 @@ def test_export_import_export_gives_the_same_files(tmp_path):
     GPT.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", "gpt2")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert len({(tmp_path / "a" / name).stat().st_mode for name in os.listdir(tmp_path / "a")}) == 1
 
 
 def test_names_without_a_prefix_and_old_masks(tmp_path):
@@ -154,7 +156,8 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(command, monkeypatch):
     assert code == 2 and "nobody/nothing is not a file or folder here, and cannot be had" in err
     monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
     code, _, err = command("sample.py", "--init_from=gpt2")
-    assert code == 2 and "pip install huggingface_hub" in err
+    assert code == 2 and "gpt2 is not a file or folder here; for the hub this needs" in err
+    assert "pip install huggingface_hub" in err
 
 
 def test_a_hub_name_is_downloaded(command, monkeypatch, tmp_path):

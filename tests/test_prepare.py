@@ -105,6 +105,8 @@ def test_one_document_is_cut_by_characters(command, folder):
     assert command("prepare.py", "my.txt", "--tokenizer", "bytes")[0] == 0
     assert read(folder / "data/my", "train") == list("é".encode() * 90)
     assert read(folder / "data/my", "val") == list(b"z" * 10)
+    _, out, _ = command("prepare.py", "my.txt", "--tokenizer", "bytes")
+    assert out.endswith(" (before: 180 tokens of bytes for training)\n")
 
 
 def test_several_documents_stay_whole_and_end_with_endoftext(command, folder):
@@ -112,7 +114,9 @@ def test_several_documents_stay_whole_and_end_with_endoftext(command, folder):
     for name, text in texts.items():
         (folder / name).write_text(text)
     argv = ["--tokenizer", "bytes", "--dataset", "d", "--val_fraction", "0.3"]
-    assert command("prepare.py", *texts, *argv)[0] == 0
+    code, out, _ = command("prepare.py", *texts, *argv)
+    sizes = [len(read(folder / "data/d", split)) for split in ("train", "val")]
+    assert code == 0 and f"({sizes[1] / sum(sizes):.0%}, of whole documents)" in out
     sides = {}
     for split in ("train", "val"):
         ids = read(folder / "data/d", split)
@@ -231,8 +235,8 @@ def test_an_interrupted_write_leaves_the_old_file(folder):
         (["good.txt", "--tokenizer", "gpt9"], "no tokenizer 'gpt9'; there are: bytes, gpt2"),
         (["good.txt", "--val_fraction", "1"], "val_fraction is 1.0; it must be between 0 and 1"),
         (["good.txt", "--val_fraction", "nan"], "val_fraction is 'nan'; it must be float"),
-        (["good.txt", "--dataset", "../x"], "it must be a plain folder name"),
-        (["good.txt", "--dataset", ".."], "it must be a plain folder name"),
+        (["good.txt", "--dataset", "../x"], "'../x' is no plain folder name: give one with"),
+        (["good.txt", "--dataset", ".."], "'..' is no plain folder name: give one with --dataset"),
         (["good.txt", "--tokeniser", "bytes"], "did you mean tokenizer?"),
     ],
 )
@@ -501,7 +505,7 @@ def test_parquet_that_is_not_text(command, folder):
     for field in ("id", "body"):
         code, _, err = command("prepare.py", "d.parquet", "--tokenizer=bytes", "--field", field)
         assert code == 2 and "d.parquet: cannot read on: " in err and err.count("\n") == 1
-    assert "body" in err
+    assert "no column 'body' but id, text; see --field" in err
 
 
 def test_parquet_without_pyarrow(command, folder, monkeypatch):
@@ -528,8 +532,8 @@ def test_a_record_that_is_too_large_is_skipped_alone(command, folder, monkeypatc
         (["mixed/*", "--dataset=d"], "mixed/* mixes parquet (mixed/c.parquet) and text"),
         (["nothing"], "cannot read nothing: there is no file in it"),
         (["none/*.jsonl", "--dataset=d"], "cannot read none/*.jsonl: No such file"),
-        (["no*.x"], "--dataset is 'no*'; it must be a plain folder name"),
-        (["/"], "--dataset is ''; it must be a plain folder name"),
+        (["no*.x"], "'no*' is no plain folder name: give one with --dataset"),
+        (["/"], "'' is no plain folder name: give one with --dataset"),
         (["empty.jsonl"], "there is no document in what is given"),
         (["one.jsonl"], "too little text, nothing is left for val.bin"),
         (["empty"], "empty/a.txt is empty"),
@@ -619,8 +623,11 @@ def test_a_run_that_is_stopped_ends_at_once_and_can_be_run_again(folder, sent):
             time.sleep(0.01)
         process.send_signal(sent)
         said = process.stdout.read()  # until the last thread is gone
-    assert (process.returncode, said) == (130 if sent == signal.SIGINT else -sent, b"")
-    assert (folder / "data").exists() == (sent != signal.SIGINT)
+    if sent == signal.SIGKILL:
+        assert (process.returncode, said) == (-sent, b"") and (folder / "data").exists()
+    else:
+        assert process.returncode == 130 and said.endswith(b"prepare.py: stopped\n")
+        assert said.count(b"\n") == 2 and not (folder / "data").exists()
     write_jsonl(folder / "d.jsonl")
     subprocess.run(argv, check=True, capture_output=True)
     assert sorted(os.listdir(folder / "data/d")) == ["meta.json", "train.bin", "val.bin"]
