@@ -12,6 +12,7 @@ resuming needs, out/metrics.jsonl, a line for every report, and out/loss.png, a 
 import atexit
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -613,15 +614,23 @@ def check_memory(config: TrainConfig, device: torch.device):
         )
 
 
+def keep(out_dir: Path, *names: str) -> str:
+    """Put .bak, or .bak2 and so on, at the end of these files' names; returns what it was."""
+    endings = (f".bak{number if number > 1 else ''}" for number in itertools.count(1))
+    taken = {path.name for path in out_dir.iterdir()}
+    ending = next(x for x in endings if not taken & {name + x for name in names})
+    for name in taken & set(names):
+        os.replace(out_dir / name, out_dir / (name + ending))
+    return ending
+
+
 def keep_old(out_dir: Path):
-    """Make way for a new run: what an earlier one left stays, with .bak at the end of its name."""
-    names = ["best.ckpt"]  # all that a run which never came to save may leave of worth
+    """Make way for a new run: what an earlier one left stays, under other names."""
     if (out_dir / "model.ckpt").exists():
-        names += ["model.ckpt", "metrics.jsonl"]
-        say(f"{(out_dir / 'model.ckpt').as_posix()} of an earlier run is now model.ckpt.bak")
-    for name in names:
-        if (out_dir / name).exists():
-            os.replace(out_dir / name, out_dir / f"{name}.bak")
+        ending = keep(out_dir, "model.ckpt", "best.ckpt", "metrics.jsonl")
+        path = (out_dir / "model.ckpt").as_posix()
+        say(f"{path} of an earlier run is now model.ckpt{ending}")
+    keep(out_dir, "best.ckpt")  # all that a run which never came to save may leave of worth
 
 
 class Metrics:
@@ -1138,8 +1147,8 @@ class Run:
                 return False
             # The weights that they follow may be the ones to blame.
             if rank() == 0 and path.exists():
-                os.replace(path, f"{path}.bak")
-                say(f"the last {in_a_row:,} updates were skipped; model.ckpt.bak is of before them")
+                now = path.name + keep(self.out_dir, path.name)
+                say(f"the last {in_a_row:,} updates were skipped; {now} is of before them")
         contents = self.contents() | {
             "optimizer": optimizer_state(self.gpt, self.optimizers),
             "scaler": self.scaler.state_dict(),

@@ -382,6 +382,11 @@ def test_a_fresh_run_keeps_the_old_ones_files(command, dataset, folder):
         != (folder / "out/model.ckpt").read_bytes()
     )
     assert (folder / "out/metrics.jsonl.bak").exists()
+    second = (folder / "out/model.ckpt").read_bytes()
+    _, out, _ = command("train.py", *TINY, "--seed=3")
+    assert "out/model.ckpt of an earlier run is now model.ckpt.bak2" in out
+    assert (folder / "out/model.ckpt.bak").read_bytes() == ckpt
+    assert (folder / "out/model.ckpt.bak2").read_bytes() == second
 
 
 def test_weights_of_another_run_can_be_the_start(command, dataset):
