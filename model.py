@@ -17,7 +17,6 @@ import json
 import math
 import os
 import pickle
-import shutil
 import zipfile
 from dataclasses import dataclass, replace
 
@@ -441,11 +440,10 @@ class GPT(nn.Module):
         """
         folder = name if os.path.isdir(name) else download(name)
         theirs = read_json(folder, "config.json")
+        same = {"activation_function": "gelu_pytorch_tanh", "n_inner": 4 * theirs.get("n_embd", 0)}
         for field, value in HUGGING_FACE.items():
-            if field != "n_inner" and theirs.get(field, value) not in (value, "gelu_pytorch_tanh"):
+            if theirs.get(field, value) not in (value, same.get(field, value)):
                 raise ValueError(f"{name} is no GPT-2 as here: its {field} is {theirs[field]!r}")
-        if theirs.get("n_inner") not in (None, 4 * theirs.get("n_embd", 0)):
-            raise ValueError(f"{name} is no GPT-2 as here: its n_inner is {theirs['n_inner']}")
         try:
             config = GPTConfig(
                 **{field: theirs[field] for field in ("vocab_size", "n_layer", "n_head", "n_embd")},
@@ -481,7 +479,7 @@ class GPT(nn.Module):
         for field, feature in NOT_GPT2.items():
             if getattr(self.config, field):
                 raise ValueError(f"not expressible as GPT-2: {feature} ({field})")
-        save_file = import_extra("safetensors.torch").save_file
+        safetensors = import_extra("safetensors.torch")
         config, state = self.config, self.state_dict()
         for name, module in self.transformer.named_modules(prefix="transformer"):
             if isinstance(module, (nn.Linear, nn.LayerNorm)):  # theirs always have a bias
@@ -498,16 +496,17 @@ class GPT(nn.Module):
         theirs["tie_word_embeddings"] = config.tie_weights
         theirs["tokenizer"] = tokenizer  # theirs ignore it; `from_pretrained` does not
         os.makedirs(folder, exist_ok=True)
-        path, json_path = (os.path.join(folder, x) for x in ("model.safetensors", "config.json"))
-        try:
-            save_file(state, path + ".tmp", metadata={"format": "pt"})
-        except Exception as error:  # safetensors has a kind of its own
-            raise ValueError(f"cannot write {path}: {error}") from error
-        with open(json_path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(theirs, file, indent=2)
-        for written in (path, json_path):
-            os.replace(written + ".tmp", written)
-        shutil.copymode(json_path, path)  # safetensors makes a file that nobody else may read
+        contents = {
+            "model.safetensors": safetensors.save(state, metadata={"format": "pt"}),
+            "config.json": json.dumps(theirs, indent=2).encode(),
+        }
+        for name, content in contents.items():
+            path = os.path.join(folder, name)
+            with open(path + ".tmp", "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".tmp", path)
 
     @classmethod
     def from_state(cls, config: GPTConfig, state: dict, name: str) -> "GPT":

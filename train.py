@@ -133,12 +133,6 @@ def all_reduce(x: torch.Tensor, how=dist.ReduceOp.SUM) -> torch.Tensor:
     return x
 
 
-def broadcast(x: torch.Tensor, source: int):
-    """Make `x` that of the process `source`, in place."""
-    if dist.is_initialized():
-        dist.broadcast(x, source)
-
-
 def gather(x) -> list:
     """Every process's `x`, which may be any small object, in the order of their ranks."""
     found = [x] * processes()
@@ -336,20 +330,17 @@ def open_dataset(config: TrainConfig, tokenizer: str | None = None) -> tuple[dic
             f"the model reads {tokenizer} tokens, data/{config.dataset} holds "
             f"{meta['tokenizer']}: prepare it with --tokenizer {tokenizer}"
         )
-    vocab_size = meta["vocab_size"] if config.vocab_size is None else config.vocab_size
+    if config.vocab_size is None:
+        config.vocab_size = meta["vocab_size"]
     for split, ids in splits.items():
-        name, tokens = f"data/{config.dataset}/{split}.bin", len(ids)
-        if tokens <= config.context_length:
+        if (tokens := len(ids)) <= config.context_length:
             raise UserError(
-                f"{name} has {tokens:,} tokens, too few for context_length "
-                f"{config.context_length:,}: take --context_length {tokens - 1} or less, or "
-                "prepare more text"
+                f"data/{config.dataset}/{split}.bin has {tokens:,} tokens, too few for "
+                f"context_length {config.context_length:,}: take --context_length {tokens - 1} "
+                "or less, or prepare more text"
             )
-        largest = max(int(block.max()) for block in prepare.sample_blocks(ids))
-        if largest >= vocab_size:
-            raise UserError(
-                f"{name} holds token id {largest:,}, outside the vocabulary of {vocab_size:,}"
-            )
+        for block in prepare.sample_blocks(ids):
+            check_ids(block, config)
     return splits, meta
 
 
@@ -408,14 +399,13 @@ def get_batch(
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def check_ids(tokens: torch.Tensor, config: TrainConfig) -> torch.Tensor:
-    """`tokens`, if all are in the vocabulary; `open_dataset` looks at only some of a large file."""
+def check_ids(tokens: torch.Tensor | np.ndarray, config: TrainConfig):
+    """Refuse what is not in the vocabulary; `open_dataset` looks at only some of a large file."""
     if (largest := int(tokens.max())) >= config.vocab_size:
         raise UserError(
             f"data/{config.dataset} holds token id {largest:,}, outside the vocabulary of "
             f"{config.vocab_size:,}: prepare it again"
         )
-    return tokens
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
@@ -456,7 +446,8 @@ def estimate_loss(model, splits, config, device, autocast) -> dict[str, float]:
             first = min(i, batches - 1) * size  # as many for each: a forward pass may take all
             positions = starts[first : first + size, None] + np.arange(T + 1)  # (B, T + 1)
             batch = torch.from_numpy(split[positions % len(split)].astype(np.int64))
-            batch = check_ids(batch, config).to(device)
+            check_ids(batch, config)
+            batch = batch.to(device)
             ended = torch.from_numpy(positions[:, 1:] >= len(split)).to(device)
             x, y = (batch[:, :-1], batch[:, 1:].masked_fill(ended, -100))  # -100: does not count
             with autocast:
@@ -576,17 +567,17 @@ def first_model(config: TrainConfig) -> GPT | None:
                 raise UserError(f"{path} has no {name} to resume with: use --init_from {path}")
         old, new = saved["config"], asdict(config)
         changed = {x: (old[x], new[x]) for x in new if x in old and old[x] != new[x]}
-        for field in fields(GPTConfig):  # what is not said is the checkpoint's
-            if field.name != "dropout" and new[field.name] in (None, field.default):
-                changed.pop(field.name, None)
-        shape = [x for x in changed if x in config.model_args() and x != "dropout"]
+        of_model = config.model_args().keys() - {"dropout"}
+        default = {field.name: field.default for field in fields(GPTConfig)}
+        # What is not said is the checkpoint's.
+        shape = [x for x in changed if x in of_model and new[x] not in (None, default[x])]
         if shape:
             listed = ", ".join(f"{x} ({changed[x][0]} there, {changed[x][1]} here)" for x in shape)
             raise UserError(f"{path} is of another model: {listed}")
         if "optimizer" in changed:
             was = changed["optimizer"][0]
             raise UserError(f"{path} is of --optimizer {was}: with another use --init_from {path}")
-        for x in sorted(changed.keys() - {"init_from"}):
+        for x in sorted(changed.keys() - of_model - {"init_from"}):
             say(f"changed since the checkpoint: {x} was {changed[x][0]}, is {changed[x][1]}")
     for name, value in asdict(gpt.config).items():
         setattr(config, name, value)
@@ -602,11 +593,8 @@ def check_memory(config: TrainConfig, device: torch.device):
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # who share it
-        memory = (
-            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            if hasattr(os, "sysconf")
-            else 1e12
-        )
+        known = hasattr(os, "sysconf")  # not on Windows
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
     if needed > memory:
         raise UserError(
             f"a model of {parameters:,} parameters takes {needed / 1e9:,.0f} GB to train; "
@@ -617,20 +605,21 @@ def check_memory(config: TrainConfig, device: torch.device):
 def keep(out_dir: Path, *names: str) -> str:
     """Put .bak, or .bak2 and so on, at the end of these files' names; returns what it was."""
     endings = (f".bak{number if number > 1 else ''}" for number in itertools.count(1))
-    taken = {path.name for path in out_dir.iterdir()}
-    ending = next(x for x in endings if not taken & {name + x for name in names})
-    for name in taken & set(names):
-        os.replace(out_dir / name, out_dir / (name + ending))
+    there = {path.name for path in out_dir.iterdir()}
+    ending = next(x for x in endings if not there & {name + x for name in names})
+    for name in names:  # in this order, wherever it is interrupted
+        if name in there:
+            os.replace(out_dir / name, out_dir / (name + ending))
     return ending
 
 
 def keep_old(out_dir: Path):
     """Make way for a new run: what an earlier one left stays, under other names."""
-    if (out_dir / "model.ckpt").exists():
-        ending = keep(out_dir, "model.ckpt", "best.ckpt", "metrics.jsonl")
-        path = (out_dir / "model.ckpt").as_posix()
-        say(f"{path} of an earlier run is now model.ckpt{ending}")
-    keep(out_dir, "best.ckpt")  # all that a run which never came to save may leave of worth
+    path = out_dir / "model.ckpt"  # last, as without it metrics.jsonl is taken for worthless
+    names = ["metrics.jsonl", path.name] if path.exists() else []
+    ending = keep(out_dir, "best.ckpt", *names)
+    if names:
+        say(f"{path.as_posix()} of an earlier run is now {path.name}{ending}")
 
 
 class Metrics:
@@ -734,12 +723,8 @@ def precision(config: TrainConfig):
     device, dtype = choose_device(config.device, config.dtype)
     mixed = dtype != torch.float32
     autocast = torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False)
-    return (
-        device,
-        dtype,
-        autocast,
-        torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return device, dtype, autocast, scaler
 
 
 def set_lr(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig):
@@ -790,8 +775,9 @@ class Muon(torch.optim.Muon):
                 for p, update in zip(params, updates.view(-1, rows, columns)):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.sub_(lr * math.sqrt(max(1, shape[1] / columns)) * update)
-            for index, p in enumerate(turn):
-                broadcast(p, index % processes())
+            if processes() > 1:
+                for index, p in enumerate(turn):
+                    dist.broadcast(p, index % processes())
 
 
 def orthogonal(x: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
@@ -931,8 +917,6 @@ class Run:
             self.device, self.dtype, self.autocast, self.scaler = precision(config)
         check_parallel(config, self.device)
         if gpt is None:
-            if config.vocab_size is None:
-                config.vocab_size = self.meta["vocab_size"]
             check_memory(config, self.device)
             torch.manual_seed(config.seed)
             gpt = GPT(GPTConfig(**config.model_args()))
@@ -1092,12 +1076,10 @@ class Run:
 
     def utilization(self, rate: float) -> str:
         """The share of its peak that a known GPU reaches at `rate` tokens per second (MFU)."""
-        if self.device.type != "cuda" or self.dtype == torch.float32:
-            return ""
-        peak = peak_flops(torch.cuda.get_device_name(self.device))
-        if peak is None:
-            return ""
-        return f"  MFU {rate * self.gpt.flops_per_token() / peak / processes():.0%}"
+        known = self.device.type == "cuda" and self.dtype != torch.float32
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if known else None
+        share = peak and rate * self.gpt.flops_per_token() / peak / processes()
+        return f"  MFU {share:.0%}" if peak else ""
 
     def evaluate(self):
         with self.spending("evaluation"):
@@ -1283,7 +1265,9 @@ def plan(config: TrainConfig):
     root = sum(p.numel() for name, p in gpt.named_parameters() if ".h." not in name)
     block = (total - root) // config.n_layer
     count_once = functools.cache(lambda B, again: count_activations(config, B, autocast, again))
-    rows = {("ddp", 1), ("ddp", 8), ("fsdp", 8), ("fsdp", 32), (config.parallel, processes())}
+    rows = {("ddp", 1), ("ddp", 8), ("fsdp", 8), ("fsdp", 32)}
+    if processes() > 1:
+        rows.add((config.parallel, processes()))
     for parallel, count in sorted(rows):
         share, rest = divmod(config.batch_size, count)
         if rest or (parallel == "fsdp" and config.optimizer == "muon"):

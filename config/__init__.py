@@ -49,7 +49,8 @@ def run(main):
     except BrokenPipeError:  # whoever read has seen enough (`| head`)
         sys.stdout = open(os.devnull, "w")
     except KeyboardInterrupt:
-        print(f"\n{sys.argv[0]}: stopped", file=sys.stderr)
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print(f"\n{sys.argv[0]}: stopped", file=sys.stderr, flush=True)
         sys.exit(130)  # 128 + SIGINT, as shells report it
 
 

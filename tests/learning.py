@@ -3,7 +3,7 @@
     python tests/learning.py                            1M parameters, three seeds
     python tests/learning.py --size 10M --seeds 1       larger ones: 10M, 30M
     python tests/learning.py --ablation                 the recipe with each ingredient taken out
-    python tests/learning.py --ablation Muon QK-norm    some of them
+    python tests/learning.py stdlib --ablation Muon QK-norm      some of them, on another text
     python tests/learning.py stdlib                     on the text that settings were chosen on
     python tests/learning.py my.txt --tokenizer gpt2    on your own
 
@@ -194,16 +194,14 @@ def main():
         "--shares", type=float, nargs="+", help="lengths of the recipe [0.1 ... 0.25]"
     )
     parser.add_argument("--brief", action="store_true", help="no run as long as the baseline's")
-    parser.add_argument("--ablation", nargs="*", metavar="NAME", help="leave out each ingredient")
+    parser.add_argument("--ablation", nargs="*", choices=ABLATION, help="leave out each ingredient")
     args = parser.parse_args()
     if args.updates:
         SIZES[args.size]["max_iters"] = args.updates
     splits = open_text(args.text, args.tokenizer)
     seeds = list(range(1, args.seeds + 1))
     if args.ablation is not None:
-        names = args.ablation or list(ABLATION)
-        if unknown := set(names) - set(ABLATION):
-            parser.error(f"{', '.join(unknown)}: ingredients are {', '.join(ABLATION)}")
+        names = args.ablation or ABLATION
         ablate(args.size, splits, seeds, (args.shares or [0.25])[0], names)
     else:
         compare(args.size, splits, seeds, args.shares or [0.1, 0.15, 0.2, 0.25], args.brief)
