@@ -636,6 +636,10 @@ def main(argv: list[str]):
     def encode(text: str) -> bytes:  # unlike `encode_ordinary`, without a list that blocks threads
         return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(dtype).tobytes()
 
+    if config.workers != 1:
+        # The thread that first uses a regular expression of tiktoken's owns its cache, and each use
+        # by the owner slows down all others. So that is this one, which never does again.
+        encode("It's 1 word,\n  and more! ")
     folder, before = Path("data") / config.dataset, ""
     if (folder / "meta.json").exists():
         with contextlib.suppress(UserError):
