@@ -9,8 +9,8 @@ same with --ablation. Tried and left out, as they did not save 3 % of the update
 squared ReLU (1M: 3 % more updates with it, 10M: 2 % fewer), and output projections and a head that
 start at zero (1M: 1 % more, 10M: 30 % more). Tried once (1M, 300 updates, one seed, loss 1.726)
 and not taken up: half the context and twice the batch in the first half 1.708, no weight decay
-1.716, windows that begin at a document's start 1.724, half the batch for the first 200 updates and
-as many tokens 1.730, weights averaged over the last tenth 1.732.
+1.716, windows that begin at a document's start 1.724, a batch that grows from half to twice 1.730,
+weights averaged over the last tenth 1.732.
 """
 
 dataset = "modern"
