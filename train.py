@@ -594,7 +594,7 @@ def check_memory(config: TrainConfig, device: torch.device):
     else:
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # who share it
         known = hasattr(os, "sysconf")  # not on Windows
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else math.inf
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else 1e12
     if needed > memory:
         raise UserError(
             f"a model of {parameters:,} parameters takes {needed / 1e9:,.0f} GB to train; "
@@ -602,8 +602,9 @@ def check_memory(config: TrainConfig, device: torch.device):
         )
 
 
-def keep(out_dir: Path, *names: str) -> str:
-    """Put .bak, or .bak2 and so on, at the end of these files' names; returns what it was."""
+def set_aside(out_dir: Path, *names: str) -> str:
+    """Rename these files, if they are there, to end in .bak, or the first of .bak2, .bak3, ... that
+    none has taken; returns that ending."""
     endings = (f".bak{number if number > 1 else ''}" for number in itertools.count(1))
     there = {path.name for path in out_dir.iterdir()}
     ending = next(x for x in endings if not there & {name + x for name in names})
@@ -617,7 +618,7 @@ def keep_old(out_dir: Path):
     """Make way for a new run: what an earlier one left stays, under other names."""
     path = out_dir / "model.ckpt"  # last, as without it metrics.jsonl is taken for worthless
     names = ["metrics.jsonl", path.name] if path.exists() else []
-    ending = keep(out_dir, "best.ckpt", *names)
+    ending = set_aside(out_dir, "best.ckpt", *names)
     if names:
         say(f"{path.as_posix()} of an earlier run is now {path.name}{ending}")
 
@@ -1076,10 +1077,12 @@ class Run:
 
     def utilization(self, rate: float) -> str:
         """The share of its peak that a known GPU reaches at `rate` tokens per second (MFU)."""
-        known = self.device.type == "cuda" and self.dtype != torch.float32
-        peak = peak_flops(torch.cuda.get_device_name(self.device)) if known else None
-        share = peak and rate * self.gpt.flops_per_token() / peak / processes()
-        return f"  MFU {share:.0%}" if peak else ""
+        if self.device.type != "cuda" or self.dtype == torch.float32:
+            return ""
+        peak = peak_flops(torch.cuda.get_device_name(self.device))
+        if peak is None:
+            return ""
+        return f"  MFU {rate * self.gpt.flops_per_token() / peak / processes():.0%}"
 
     def evaluate(self):
         with self.spending("evaluation"):
@@ -1129,7 +1132,7 @@ class Run:
                 return False
             # The weights that they follow may be the ones to blame.
             if rank() == 0 and path.exists():
-                now = path.name + keep(self.out_dir, path.name)
+                now = path.name + set_aside(self.out_dir, path.name)
                 say(f"the last {in_a_row:,} updates were skipped; {now} is of before them")
         contents = self.contents() | {
             "optimizer": optimizer_state(self.gpt, self.optimizers),

@@ -4,7 +4,7 @@
     python train.py config/modern.py --n_layer 4 --n_head 4 --n_embd 128 --context_length 64
 
 The settings were chosen on the standard library's sources, with models of 1 and 10 million
-parameters, and are reported on other texts: see the README, `python tests/learning.py`, and the
+parameters, and are reported on another text: see the README, `python tests/learning.py`, and the
 same with --ablation. Tried and left out, as they did not save 3 % of the updates at two sizes:
 squared ReLU (1M: 3 % more updates with it, 10M: 2 % fewer), and output projections and a head that
 start at zero (1M: 1 % more, 10M: 30 % more). Tried once (1M, 300 updates, one seed, loss 1.726)

@@ -389,6 +389,25 @@ def test_a_fresh_run_keeps_the_old_ones_files(command, dataset, folder):
     assert (folder / "out/model.ckpt.bak2").read_bytes() == second
 
 
+def test_files_set_aside_by_a_run_that_is_killed_meanwhile(command, dataset, folder, monkeypatch):
+    command("train.py", *TINY)
+    before = (folder / "out/metrics.jsonl").read_bytes()
+    replace, moved = os.replace, []
+
+    def once(source, target):
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(source)
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", once)
+        train.keep_old(folder / "out")
+    command("train.py", *TINY, "--seed=2")
+    left = [path.read_bytes() for path in (folder / "out").glob("metrics.jsonl.bak*")]
+    assert before in left and (folder / "out/model.ckpt.bak2").exists()
+
+
 def test_weights_of_another_run_can_be_the_start(command, dataset):
     command("train.py", *TINY, "--out_dir=a")
     argv = ["--max_iters=1", "--out_dir=b", "--init_from=a/model.ckpt", "--dtype=float32"]
