@@ -7,8 +7,10 @@
     python tests/benchmark.py corpus --rounds 1 --megabytes 2000    prepare.py beside tiktoken alone
     python tests/benchmark.py parallel               one process and two
 
-The sides of a comparison take turns in one process, after a round that does not count; figures are
-medians over --rounds. Without the package transformers its rows are left out.
+The sides of a comparison take turns, after a round that does not count; figures are medians over
+--rounds. Hugging Face's run in processes of their own, as their users start them: this project's
+settings of how memory is had would make them faster. Without the package transformers its rows are
+left out.
 """
 
 import argparse
@@ -72,9 +74,65 @@ def machine(device: torch.device) -> str:
     return f"{name}, {threads}, Python {platform.python_version()}, {libraries}"
 
 
+def serve(pipe, make, *args):
+    """Call what make(*args) returns, as often as the other end of `pipe` asks for it."""
+    side = make(*args)
+    pipe.send("made")
+    while pipe.recv():
+        side()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        pipe.send("called")
+
+
+@contextlib.contextmanager
+def apart(make, *args):
+    """A function that calls what make(*args) returns, in a process that has PyTorch's defaults."""
+    here, there = multiprocessing.Pipe()
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, make, *args))
+    process.start()
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
+    there.close()  # so that here is told if the process ends
+    here.recv()
+
+    def side():
+        here.send(True)
+        here.recv()
+
+    yield side
+    here.send(False)
+    process.join()
+
+
 def hugging_face(device, dtype):
     """Their GPT-2 124M with its own settings, of which dropout 0.1 is one, and random weights."""
     return transformers.GPT2LMHeadModel(transformers.GPT2Config()).to(device, dtype)
+
+
+def hugging_face_writes(dtype, prompt, new: int):
+    """A function that has their model continue `prompt` by so many tokens."""
+    gpt = hugging_face(prompt.device, dtype).eval()
+    gpt.generation_config.eos_token_id = None  # never ends early
+    options = dict(attention_mask=torch.ones_like(prompt), pad_token_id=0, do_sample=False)
+    return lambda: gpt.generate(prompt, max_new_tokens=new, **options)
+
+
+def hugging_face_trains(idx, autocast: bool):
+    """A function that makes an update of their model on `idx`."""
+    gpt = hugging_face(idx.device, torch.float32).train()
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=6e-4, weight_decay=0.1)
+    model = torch.compile(gpt) if idx.is_cuda else gpt
+
+    def step():
+        with torch.autocast(idx.device.type, torch.bfloat16, enabled=autocast):
+            loss = model(idx, labels=idx).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def seconds_to_read(bytes: int, device) -> float:
@@ -99,12 +157,6 @@ def generation(rounds: int) -> dict[str, float]:
         idx, options = prompt.expand(rows, -1), dict(temperature=0, compile=device.type == "cuda")
         return lambda: gpt.generate(idx, new, **options)
 
-    def theirs(dtype):
-        gpt = hugging_face(device, dtype).eval()
-        gpt.generation_config.eos_token_id = None  # never ends early
-        options = dict(attention_mask=torch.ones_like(prompt), pad_token_id=0)
-        return lambda: gpt.generate(prompt, max_new_tokens=new, do_sample=False, **options)
-
     def per_token(gpt, length, count=20):
         idx = torch.randint(50257, (1, length), device=device)
         stream = gpt.stream(idx, count + 1, temperature=0, compile=device.type == "cuda")
@@ -119,11 +171,13 @@ def generation(rounds: int) -> dict[str, float]:
     sides = {"this project, float32": write(gpt if best == "float32" else ours(torch.float32))}
     sides[f"this project, {best}"] = write(gpt)
     sides["this project, 10 samples at once"] = write(gpt, 10)
-    if transformers is not None:
-        for name in ("float32", "bfloat16"):
-            sides[f"Hugging Face, {name}"] = theirs(getattr(torch, name))
     found = {}
-    for name, seconds in take_turns(sides, rounds).items():
+    with contextlib.ExitStack() as stack:
+        for name in ("float32", "bfloat16") if transformers is not None else ():
+            theirs = apart(hugging_face_writes, getattr(torch, name), prompt, new)
+            sides[f"Hugging Face, {name}"] = stack.enter_context(theirs)
+        times = take_turns(sides, rounds)
+    for name, seconds in times.items():
         found[f"{name}: tokens/s"] = new * (10 if "10" in name else 1) / seconds
     multiplied = sum(x.numel() for x in GPT(GPTConfig()).parameters() if x.dim() == 2) - 1024 * 768
     for name, size in {"float32": 4, best: dtype.itemsize}.items():
@@ -158,6 +212,8 @@ class Step:
             **dict(vocab_size=50257, batch_size=batch_size, micro_batch_size=batch_size) | settings
         )
         self.device, _, self.autocast, self.scaler = train.precision(self.config)
+        if self.device.type == "cpu":
+            train.reuse_memory()  # as train.py does
         self.gpt = GPT(GPTConfig(**self.config.model_args())).to(self.device).train()
         self.optimizers = train.make_optimizers(self.gpt, self.config)
         self.model = train.compiled(self.gpt, self.config, self.device, self.autocast)
@@ -234,26 +290,14 @@ def training(rounds: int) -> dict[str, float]:
     sides = {"this project": ours}
     sides["matrix products alone"] = matrix_products(ours.config, B, device, dtype)
 
-    def theirs(autocast):
-        gpt = hugging_face(device, torch.float32).train()
-        optimizer = torch.optim.AdamW(gpt.parameters(), lr=6e-4, weight_decay=0.1)
-        model = torch.compile(gpt) if device.type == "cuda" else gpt
-
-        def step():
-            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                loss = model(ours.batch[0], labels=ours.batch[0]).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return step
-
-    if transformers is not None:
-        sides["Hugging Face, float32"] = theirs(False)
-        if dtype == torch.bfloat16:  # others need half a minute for a step in it
-            sides["Hugging Face, bfloat16 autocast"] = theirs(True)
-    seconds = take_turns(sides, rounds)
+    autocast = {"float32": False}
+    if dtype == torch.bfloat16:  # others need half a minute for a step in it
+        autocast["bfloat16 autocast"] = True
+    with contextlib.ExitStack() as stack:
+        for name, enabled in autocast.items() if transformers is not None else ():
+            theirs = apart(hugging_face_trains, ours.batch[0], enabled)
+            sides[f"Hugging Face, {name}"] = stack.enter_context(theirs)
+        seconds = take_turns(sides, rounds)
     found = {f"{name}: seconds": value for name, value in seconds.items()}
     mine = seconds["this project"]
     found["this project: tokens/s"] = B * T / mine

@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import os
+import platform
 import shlex
 import signal
 import subprocess
@@ -29,6 +30,28 @@ def metrics(folder="out", name="metrics.jsonl"):
         line.pop("seconds")
         line.pop("tokens_per_second", None)
     return lines
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+FAULTS = """
+import resource, sys, torch, train
+if sys.argv[1] == "reuse":
+    train.reuse_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**26)  # a quarter of a GB, and gone
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library has no mallopt")
+def test_freed_memory_is_used_again():
+    def faults(how):
+        argv = [sys.executable, "-c", FAULTS, how]
+        return int(subprocess.run(argv, cwd=ROOT, capture_output=True, check=True).stdout)
+
+    assert faults("reuse") < 20 < faults("as it is")
 
 
 # --- Batches --------------------------------------------------------------------------------------
