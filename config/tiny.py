@@ -1,4 +1,4 @@
-"""A model that a laptop trains in under a minute, for trying things out.
+"""A model that a laptop trains in a minute or two, for trying things out.
 
 python prepare.py --tokenizer bytes --dataset tiny
 python train.py config/tiny.py

@@ -28,6 +28,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+import unittest.mock
 from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py and sample.py do
@@ -77,32 +78,33 @@ def machine(device: torch.device) -> str:
 def serve(pipe, make, *args):
     """Call what make(*args) returns, as often as the other end of `pipe` asks for it."""
     side = make(*args)
-    pipe.send("made")
-    while pipe.recv():
+    while True:
+        pipe.send("ready")
+        pipe.recv()
         side()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        pipe.send("called")
 
 
 @contextlib.contextmanager
 def apart(make, *args):
     """A function that calls what make(*args) returns, in a process that has PyTorch's defaults."""
     here, there = multiprocessing.Pipe()
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "0"
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, make, *args))
-    process.start()
-    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"
-    there.close()  # so that here is told if the process ends
-    here.recv()
+    with unittest.mock.patch.dict(os.environ, THP_MEM_ALLOC_ENABLE="0"):
+        process.start()
+    there.close()  # so that `here` is told if the process ends
 
     def side():
-        here.send(True)
+        here.send("go")
         here.recv()
 
-    yield side
-    here.send(False)
-    process.join()
+    try:
+        here.recv()
+        yield side
+    finally:
+        process.terminate()
+        process.join()
 
 
 def hugging_face(device, dtype):
@@ -110,22 +112,24 @@ def hugging_face(device, dtype):
     return transformers.GPT2LMHeadModel(transformers.GPT2Config()).to(device, dtype)
 
 
-def hugging_face_writes(dtype, prompt, new: int):
-    """A function that has their model continue `prompt` by so many tokens."""
-    gpt = hugging_face(prompt.device, dtype).eval()
+def hugging_face_writes(device, dtype, new: int):
+    """A function that has their model write so many tokens after 16."""
+    gpt = hugging_face(device, dtype).eval()
+    prompt = torch.randint(50257, (1, 16), device=device)
     gpt.generation_config.eos_token_id = None  # never ends early
     options = dict(attention_mask=torch.ones_like(prompt), pad_token_id=0, do_sample=False)
     return lambda: gpt.generate(prompt, max_new_tokens=new, **options)
 
 
-def hugging_face_trains(idx, autocast: bool):
-    """A function that makes an update of their model on `idx`."""
-    gpt = hugging_face(idx.device, torch.float32).train()
+def hugging_face_trains(device, B: int, T: int, autocast: bool):
+    """A function that makes an update of their model on (B, T) tokens."""
+    gpt = hugging_face(device, torch.float32).train()
+    idx = torch.randint(50257, (B, T), device=device)
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=6e-4, weight_decay=0.1)
-    model = torch.compile(gpt) if idx.is_cuda else gpt
+    model = torch.compile(gpt) if device.type == "cuda" else gpt
 
     def step():
-        with torch.autocast(idx.device.type, torch.bfloat16, enabled=autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             loss = model(idx, labels=idx).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
@@ -174,7 +178,7 @@ def generation(rounds: int) -> dict[str, float]:
     found = {}
     with contextlib.ExitStack() as stack:
         for name in ("float32", "bfloat16") if transformers is not None else ():
-            theirs = apart(hugging_face_writes, getattr(torch, name), prompt, new)
+            theirs = apart(hugging_face_writes, device, getattr(torch, name), new)
             sides[f"Hugging Face, {name}"] = stack.enter_context(theirs)
         times = take_turns(sides, rounds)
     for name, seconds in times.items():
@@ -212,8 +216,6 @@ class Step:
             **dict(vocab_size=50257, batch_size=batch_size, micro_batch_size=batch_size) | settings
         )
         self.device, _, self.autocast, self.scaler = train.precision(self.config)
-        if self.device.type == "cpu":
-            train.reuse_memory()  # as train.py does
         self.gpt = GPT(GPTConfig(**self.config.model_args())).to(self.device).train()
         self.optimizers = train.make_optimizers(self.gpt, self.config)
         self.model = train.compiled(self.gpt, self.config, self.device, self.autocast)
@@ -295,7 +297,7 @@ def training(rounds: int) -> dict[str, float]:
         autocast["bfloat16 autocast"] = True
     with contextlib.ExitStack() as stack:
         for name, enabled in autocast.items() if transformers is not None else ():
-            theirs = apart(hugging_face_trains, ours.batch[0], enabled)
+            theirs = apart(hugging_face_trains, device, B, T, enabled)
             sides[f"Hugging Face, {name}"] = stack.enter_context(theirs)
         seconds = take_turns(sides, rounds)
     found = {f"{name}: seconds": value for name, value in seconds.items()}
@@ -534,7 +536,7 @@ def main():
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     found = {"machine": machine(choose_device()[0])}
-    for name in args.parts or PARTS:
+    for name in [name for name in PARTS if name in (args.parts or PARTS)]:
         options = {"megabytes": args.megabytes} if name == "corpus" else {}
         found[name] = PARTS[name](args.rounds, **options)
     if args.json:
