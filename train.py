@@ -720,7 +720,7 @@ def compiled(gpt: GPT, config: TrainConfig, device: torch.device, autocast) -> t
 def precision(config: TrainConfig):
     """Device, dtype of the matrix products, and the autocast and gradient scaler that they need.
 
-    Prepares this process for them. Raises ValueError if the device is not there.
+    On a CPU it has freed memory used again, too. Raises ValueError if the device is not there.
     """
     device, dtype = choose_device(config.device, config.dtype)
     if device.type == "cpu":
@@ -734,9 +734,9 @@ def precision(config: TrainConfig):
 def reuse_memory():
     """Have memory that is freed used again, where it otherwise goes back to the system.
 
-    Getting it back, zeroed, for the tensors of the next step is a sixth to a third of a step on a
-    CPU. In return this process keeps the most that it ever took. The names are those of glibc's
-    mallopt(3); other systems' C libraries have no such thing.
+    Getting it back, zeroed, for the tensors of the next step was mostly a sixth to a third of a
+    step on two cores. In return this process keeps the most that it ever took. The names are those
+    of glibc's mallopt(3); other systems' C libraries have no such thing.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     with contextlib.suppress(AttributeError, TypeError, OSError):

@@ -536,6 +536,7 @@ def main():
     if unknown := set(args.parts) - set(PARTS):
         parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     found = {"machine": machine(choose_device()[0])}
+    # In this order: from training on, this process keeps its memory, which sample.py does not.
     for name in [name for name in PARTS if name in (args.parts or PARTS)]:
         options = {"megabytes": args.megabytes} if name == "corpus" else {}
         found[name] = PARTS[name](args.rounds, **options)
