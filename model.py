@@ -83,15 +83,19 @@ class Cache:
         if self.static:
             self.mask = torch.arange(self.kv.shape[4], device=self.kv.device)
             self.mask = self.mask <= self.positions[:, None]
+        else:  # once for all layers: of each, the keys and the values
+            kv = self.kv.flatten(0, 1)  # (2 L, B, H, size, D)
+            self.new = kv[:, :, :, self.length - T : self.length].unbind()
+            self.seen = kv[:, :, :, : self.length].unbind()
 
     def update(self, layer: int, k: torch.Tensor, v: torch.Tensor):
         """Add the keys and values (B, H, T, D) of one layer for the newest tokens; all so far."""
-        keys, values = self.kv[layer]
         if self.static:
+            keys, values = self.kv[layer]
             return keys.index_copy_(2, self.positions, k), values.index_copy_(2, self.positions, v)
-        keys, values = keys[:, :, : self.length], values[:, :, : self.length]
-        keys[:, :, -k.shape[2] :], values[:, :, -k.shape[2] :] = k, v
-        return keys, values
+        self.new[2 * layer].copy_(k)
+        self.new[2 * layer + 1].copy_(v)
+        return self.seen[2 * layer : 2 * layer + 2]
 
 
 def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -330,9 +334,10 @@ class GPT(nn.Module):
         generators = [torch.Generator().manual_seed(seed + row) for row in range(B)]
         ended = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
         like = self.transformer.wte.weight
-        cache = Cache(self.config, B, size, like, compile) if use_cache else None
+        idx = idx[:, -T:]
+        new = idx[:1] if (idx == idx[:1]).all() else idx  # one prompt for all is computed once
+        cache = Cache(self.config, len(new), size, like, compile) if use_cache else None
         decode = torch.compile(self, dynamic=False) if compile else self
-        new = idx = idx[:, -T:]
         training = self.training
         self.eval()
         try:
@@ -344,12 +349,15 @@ class GPT(nn.Module):
                         new, cache.length = idx[:, -max(1, T // 2) :], 0
                     cache.advance(new.shape[1])
                 try:
-                    logits = (decode if new.shape[1] == 1 else self)(new, cache=cache)
+                    logits = (decode if new.shape == (B, 1) else self)(new, cache=cache)
                 except Exception:  # of as many kinds as there are ways to lack a compiler
                     if decode is self:
                         raise
                     decode = self
                     logits = self(new, cache=cache)
+                if len(logits) < B:
+                    logits = logits.expand(B, -1, -1)
+                    cache.kv = cache.kv.repeat(1, 1, B, 1, 1, 1)
                 logits = logits[:, -1].float()  # (B, V)
                 token = choose(logits, temperature, top_k, top_p, min_p, generators)  # (B, 1)
                 if stop_token is not None:
@@ -536,10 +544,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = linear.bias
+        self.linear = torch.ops.mkldnn._linear_pointwise.default  # as torch.compile has it on a CPU
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        linear = torch.ops.mkldnn._linear_pointwise  # what torch.compile makes of a Linear on a CPU
-        return linear(x, self.packed, self.bias, "none", [], "")
+        return self.linear(x, self.packed, self.bias, "none", [], "")
 
 
 # What Hugging Face's config.json says of every GPT-2 that this file can express.

@@ -307,6 +307,16 @@ def test_the_static_cache_that_compiled_code_uses_gives_the_same_tokens(newer):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_prompt_that_all_rows_share_is_computed_once(compile, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda gpt, **options: gpt)  # of which the static cache
+    gpt, prompt, seen = lively(), torch.randint(50, (1, 3)).expand(4, -1), []
+    gpt.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
+    text = gpt.generate(prompt, 12, seed=1, compile=compile)
+    assert seen == [(1, 3)] + 5 * [(4, 1)] + [(4, 4)] + 4 * [(4, 1)] + [(4, 4)]
+    assert torch.equal(text[:, :8], gpt.generate(prompt, 5, seed=1, use_cache=False))
+
+
 @pytest.mark.parametrize("qkv_bias", [True, False])
 def test_packed_matrices_give_the_same_logits(qkv_bias):
     gpt, idx = lively(qkv_bias=qkv_bias), torch.randint(50, (3, 8))
