@@ -87,6 +87,7 @@ def encode(prompt: str, tokenizer, gpt: GPT) -> list[int]:
     return ids
 
 
+@torch.inference_mode()  # a few hundredths faster than no_grad
 def write(prompt: str, config: SampleConfig, gpt: GPT, tokenizer):
     """Print the prompt and its continuations, the first of them as it is produced."""
     device = gpt.transformer.wte.weight.device
@@ -135,7 +136,7 @@ def alternatives(id: int, logits: torch.Tensor, k: int, tokenizer) -> str:
     return f"{show(id, logprobs[id].item()):<24} of  {others}"
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def score(text: str, gpt: GPT, tokenizer) -> tuple[float, float, int]:
     """Mean loss in nats per token, bits per byte and tokens, of all tokens after the first.
 

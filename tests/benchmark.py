@@ -159,8 +159,9 @@ def generation(rounds: int) -> dict[str, float]:
 
     def write(gpt, rows=1):
         idx, options = prompt.expand(rows, -1), dict(temperature=0, compile=device.type == "cuda")
-        return lambda: gpt.generate(idx, new, **options)
+        return torch.inference_mode()(lambda: gpt.generate(idx, new, **options))  # as sample.py
 
+    @torch.inference_mode()
     def per_token(gpt, length, count=20):
         idx = torch.randint(50257, (1, length), device=device)
         stream = gpt.stream(idx, count + 1, temperature=0, compile=device.type == "cuda")
