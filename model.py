@@ -356,8 +356,8 @@ class GPT(nn.Module):
                     decode = self
                     logits = self(new, cache=cache)
                 if len(logits) < B:
-                    logits = logits.expand(B, -1, -1)
-                    cache.kv = cache.kv.repeat(1, 1, B, 1, 1, 1)
+                    logits = logits.repeat(B, 1, 1)
+                    cache.kv = cache.kv.repeat(1, 1, B, 1, 1, 1)  # `advance` takes views of it anew
                 logits = logits[:, -1].float()  # (B, V)
                 token = choose(logits, temperature, top_k, top_p, min_p, generators)  # (B, 1)
                 if stop_token is not None:
@@ -544,7 +544,8 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())
         self.bias = linear.bias
-        self.linear = torch.ops.mkldnn._linear_pointwise.default  # as torch.compile has it on a CPU
+        # What torch.compile makes of a Linear on a CPU; its overload is looked up once.
+        self.linear = torch.ops.mkldnn._linear_pointwise.default
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x, self.packed, self.bias, "none", [], "")

@@ -136,7 +136,7 @@ def alternatives(id: int, logits: torch.Tensor, k: int, tokenizer) -> str:
     return f"{show(id, logprobs[id].item()):<24} of  {others}"
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(text: str, gpt: GPT, tokenizer) -> tuple[float, float, int]:
     """Mean loss in nats per token, bits per byte and tokens, of all tokens after the first.
 

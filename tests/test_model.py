@@ -308,13 +308,28 @@ def test_the_static_cache_that_compiled_code_uses_gives_the_same_tokens(newer):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_a_prompt_that_all_rows_share_is_computed_once(compile, monkeypatch):
-    monkeypatch.setattr(torch, "compile", lambda gpt, **options: gpt)  # of which the static cache
-    gpt, prompt, seen = lively(), torch.randint(50, (1, 3)).expand(4, -1), []
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_prompt_that_all_rows_share_is_computed_once(length, compile, monkeypatch):
+    gpt, prompt, seen, compiled = lively(), torch.randint(50, (1, length)).expand(4, -1), [], []
+
+    def fake(gpt, **options):
+        def run(new, cache):
+            compiled.append(tuple(new.shape))
+            return gpt(new, cache=cache)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fake)
     gpt.register_forward_pre_hook(lambda module, args: seen.append(tuple(args[0].shape)))
     text = gpt.generate(prompt, 12, seed=1, compile=compile)
-    assert seen == [(1, 3)] + 5 * [(4, 1)] + [(4, 4)] + 4 * [(4, 1)] + [(4, 4)]
-    assert torch.equal(text[:, :8], gpt.generate(prompt, 5, seed=1, use_cache=False))
+    one = [(4, 1)]  # the only shape that is ever compiled
+    refilled = [(4, 4)] + 4 * one  # a full context goes on with its last half
+    assert seen == ([(1, length)] + (8 - length) * one + 2 * refilled)[:12]
+    assert compiled == (seen.count(one[0]) * one if compile else [])
+    assert torch.equal(text[:, :8], gpt.generate(prompt, 8 - length, seed=1, use_cache=False))
+    for _, logits in gpt.stream(prompt, 2, compile=compile):
+        logits[0, 0] = 7  # theirs who asked for it
+        assert logits[1, 0] != 7
 
 
 @pytest.mark.parametrize("qkv_bias", [True, False])
