@@ -173,15 +173,20 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, H, all tokens so far, D)
             mask = cache.mask
-        if self.training and self.dropout and x.is_cpu:  # written out, which is faster there
-            later = torch.ones(T, T, dtype=torch.bool).triu(1)
-            scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(later, -math.inf)
-            y = dropout(scores.softmax(dim=-1), self.dropout) @ v  # (B, H, T, T) @ (B, H, T, D)
+        p = self.dropout if self.training else 0.0
+        short = T <= 512 and q.dtype != torch.float32  # a matrix (T, T) is not too much memory
+        if x.is_cpu and cache is None and (p or short):  # written out, which is faster there
+            later = q.new_full((T, T), -math.inf).triu(1)
+            q, k, v = (z.flatten(0, 1) for z in (q, k, v))  # (B H, T, D)
+            scores = torch.baddbmm(later, q, k.mT, alpha=1 / math.sqrt(q.shape[-1]))
+            weights = scores.softmax(dim=-1)  # (B H, T, T)
+            y = (dropout(weights, p) if p else weights) @ v
+            y = y.unflatten(0, (B, self.n_head))  # (B, H, T, D)
         else:
             y = F.scaled_dot_product_attention(
                 *(q, k, v, mask),
                 is_causal=mask is None and T > 1,  # a single new token may look at all before it
-                dropout_p=self.dropout if self.training else 0.0,
+                dropout_p=p,
             )  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.c_proj(y)

@@ -193,6 +193,23 @@ def test_attention_with_dropout_is_attention(monkeypatch):
     torch.testing.assert_close(gpt.train()(idx), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("T", [1, 8, 600])
+def test_attention_in_16_bits_is_attention(dtype, T):
+    """Written out or PyTorch's, its loss and gradients are those of float32, but for rounding."""
+    gpt, idx = lively(context_length=600, n_head=4), torch.randint(50, (2, T))
+    losses, grads = [], []
+    for enabled in (False, True):
+        gpt.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            loss = gpt.train()(idx, idx.flip(1))
+        loss.backward()
+        losses.append(loss.item())
+        grads.append(torch.cat([p.grad.flatten() for p in gpt.parameters()]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert (grads[1] - grads[0]).norm() < 0.05 * grads[0].norm()
+
+
 def test_recomputing_activations_changes_nothing():
     gpt, idx = lively(dropout=0.5).train(), torch.randint(50, (2, 8))
     grads = []

@@ -18,12 +18,24 @@ def trained(command, dataset):
 
 
 def test_the_prompt_and_its_continuation(command, trained):
-    code, out, err = command("sample.py", "--start=The a", "--max_new_tokens=30", "--temperature=0")
+    argv = ["--start=The a", "--max_new_tokens=30", "--temperature=0", "--dtype=float32"]
+    code, out, err = command("sample.py", *argv)
     ids = list(b"The a")
     gpt = GPT.from_checkpoint("out/model.ckpt").eval()
     text = gpt.generate(torch.tensor([ids]), 30, temperature=0)[0].tolist()
     expected = prepare.decode(prepare.get_tokenizer("bytes"), text)
     assert code == 0 and err == "" and out == expected + "\n"
+
+
+def test_training_shows_what_this_would_write(command, dataset):
+    argv = ["--max_iters=40", "--learning_rate=1e-2", "--sample_prompt=The a"]
+    for dtype in ("float32", "bfloat16"):
+        _, shown, _ = command("train.py", *TINY, *argv, f"--dtype={dtype}")
+        greedy = ["--temperature=0", "--max_new_tokens=40", f"--dtype={dtype}"]
+        _, text, _ = command("sample.py", "--start=The a", *greedy)
+        assert shown.splitlines()[-3] == "      " + " ".join(text.split()) and len(text) > 40
+        _, plain, _ = command("train.py", *TINY, *argv[:2], f"--dtype={dtype}")
+        assert plain.splitlines()[-3] in shown  # and learns the same as without
 
 
 def test_a_seed_gives_the_same_text(command, trained):
@@ -71,6 +83,7 @@ def test_samples_end_at_endoftext(command, trained, monkeypatch):
 
 def test_top_logprobs(command, trained):
     argv = ["--start=The a", "--max_new_tokens=5", "--temperature=0", "--top_logprobs=3"]
+    argv.append("--dtype=float32")
     code, out, err = command("sample.py", *argv)
     assert (code, err) == (0, "")
     first, *lines = out.splitlines()
