@@ -63,15 +63,17 @@ class GPTConfig:
 class Cache:
     """The keys and values of the tokens a model has seen, so that each is computed only once.
 
-    Room for `size` tokens of B sequences, on the device and in the dtype of `like`. The first call
-    of a model with it fills in the prompt, later ones add a token each. What is handed out grows
-    with the tokens; with `static` it is always the whole, and a mask, so that compiled code never
-    sees a new shape.
+    Room for `size` tokens of B sequences, on the device and in the dtype of `like`; on a CPU in
+    float32, in which PyTorch's attention is several times as fast there as in bfloat16. The first
+    call of a model with it fills in the prompt, later ones add a token each. What is handed out
+    grows with the tokens; with `static` it is always the whole, and a mask, so that compiled code
+    never sees a new shape.
     """
 
     def __init__(self, config: GPTConfig, B: int, size: int, like: torch.Tensor, static=False):
         D = config.n_embd // config.n_head
-        self.kv = like.new_zeros(config.n_layer, 2, B, config.n_head, size, D)
+        dtype = torch.float32 if like.is_cpu else like.dtype
+        self.kv = like.new_zeros(config.n_layer, 2, B, config.n_head, size, D, dtype=dtype)
         self.length = 0
         self.static = static
         self.mask = None  # (T, T max), which keys each new position may see
@@ -92,6 +94,7 @@ class Cache:
         """Add the keys and values (B, H, T, D) of one layer for the newest tokens; all so far."""
         if self.static:
             keys, values = self.kv[layer]
+            k, v = k.to(keys.dtype), v.to(keys.dtype)
             return keys.index_copy_(2, self.positions, k), values.index_copy_(2, self.positions, v)
         self.new[2 * layer].copy_(k)
         self.new[2 * layer + 1].copy_(v)
@@ -172,7 +175,7 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, H, all tokens so far, D)
-            mask = cache.mask
+            q, mask = q.to(k.dtype), cache.mask
         p = self.dropout if self.training else 0.0
         short = T <= 512 and q.dtype != torch.float32  # a matrix (T, T) is not too much memory
         if x.is_cpu and cache is None and (p or short):  # written out, which is faster there
@@ -188,7 +191,7 @@ class CausalSelfAttention(nn.Module):
                 is_causal=mask is None and T > 1,  # a single new token may look at all before it
                 dropout_p=p,
             )  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)  # heads side by side again
         return self.c_proj(y)
 
 

@@ -324,6 +324,21 @@ def test_the_static_cache_that_compiled_code_uses_gives_the_same_tokens(newer):
         torch.testing.assert_close(one, other)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("newer", [{}, NEWER])
+def test_generation_in_16_bits_is_that_of_float32_but_for_rounding(
+    newer, dtype, static, monkeypatch
+):
+    monkeypatch.setattr(torch, "compile", lambda gpt, **options: gpt)
+    exact, gpt, text = lively(**newer), lively(**newer).to(dtype), torch.randint(50, (2, 3))
+    for token, logits in gpt.stream(text, 6, temperature=0, compile=static):
+        expected = exact(text)[:, -1]
+        assert (logits - expected).norm() < 0.05 * expected.norm()
+        text = torch.cat((text, token), dim=1)
+
+
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("length", [1, 3])
 def test_a_prompt_that_all_rows_share_is_computed_once(length, compile, monkeypatch):
