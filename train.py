@@ -336,10 +336,10 @@ def open_dataset(config: TrainConfig, tokenizer: str | None = None) -> tuple[dic
         config.vocab_size = meta["vocab_size"]
     for split, ids in splits.items():
         if (tokens := len(ids)) <= config.context_length:
+            shorter = f"take --context_length {tokens - 1} or less, or " if tokens > 1 else ""
             raise UserError(
                 f"data/{config.dataset}/{split}.bin has {tokens:,} tokens, too few for "
-                f"context_length {config.context_length:,}: take --context_length {tokens - 1} "
-                "or less, or prepare more text"
+                f"context_length {config.context_length:,}: {shorter}prepare more text"
             )
         for block in prepare.sample_blocks(ids):
             check_ids(block, config)
@@ -619,7 +619,7 @@ def set_aside(out_dir: Path, *names: str) -> str:
 def keep_old(out_dir: Path):
     """Make way for a new run: what an earlier one left stays, under other names."""
     path = out_dir / "model.ckpt"  # last, as without it metrics.jsonl is taken for worthless
-    names = ["metrics.jsonl", path.name] if path.exists() else []
+    names = ["loss.png", "metrics.jsonl", path.name] if path.exists() else []
     ending = set_aside(out_dir, "best.ckpt", *names)
     if names:
         say(f"{path.as_posix()} of an earlier run is now {path.name}{ending}")
@@ -1002,7 +1002,7 @@ class Run:
             f"device  {self.device}, matrix products in {str(self.dtype).removeprefix('torch.')}"
             f"{f', {processes()} processes ({config.parallel})' if dist.is_initialized() else ''}\n"
             f"run     {config.max_iters:,} updates of {self.tokens_per_update:,} tokens, "
-            f"{epochs:.3g} epochs"
+            f"{epochs:.3g} epochs{f'; going on after {self.step:,}' if self.step else ''}"
         )
         if self.step >= config.max_iters:
             say(f"all {self.step:,} updates are done; a larger --max_iters goes on from here")

@@ -404,7 +404,7 @@ def test_a_fresh_run_keeps_the_old_ones_files(command, dataset, folder):
         == ckpt
         != (folder / "out/model.ckpt").read_bytes()
     )
-    assert (folder / "out/metrics.jsonl.bak").exists()
+    assert (folder / "out/metrics.jsonl.bak").exists() and (folder / "out/loss.png.bak").exists()
     second = (folder / "out/model.ckpt").read_bytes()
     _, out, _ = command("train.py", *TINY, "--seed=3")
     assert "out/model.ckpt of an earlier run is now model.ckpt.bak2" in out
@@ -412,13 +412,16 @@ def test_a_fresh_run_keeps_the_old_ones_files(command, dataset, folder):
     assert (folder / "out/model.ckpt.bak2").read_bytes() == second
 
 
-def test_files_set_aside_by_a_run_that_is_killed_meanwhile(command, dataset, folder, monkeypatch):
+@pytest.mark.parametrize("renamed", [1, 2])
+def test_files_set_aside_by_a_run_that_is_killed_meanwhile(
+    command, dataset, folder, monkeypatch, renamed
+):
     command("train.py", *TINY)
     before = (folder / "out/metrics.jsonl").read_bytes()
     replace, moved = os.replace, []
 
     def once(source, target):
-        if moved:
+        if len(moved) == renamed:
             raise KeyboardInterrupt
         moved.append(source)
         replace(source, target)
@@ -653,6 +656,14 @@ def test_ids_outside_the_vocabulary_wherever_they_are(command, dataset, monkeypa
     assert err.count("\n") == 1
 
 
+def test_a_text_of_a_few_letters(command, folder):
+    (folder / "short.txt").write_text("ab")
+    assert command("prepare.py", "short.txt", "--tokenizer=bytes")[0] == 0
+    code, _, err = command("train.py", *TINY, "--dataset=short")
+    assert code == 2 and err.count("\n") == 1
+    assert "train.bin has 1 tokens, too few for context_length 16: prepare more text" in err
+
+
 def test_a_sample_prompt_outside_the_vocabulary(command, dataset):
     os.remove("data/words/meta.json")  # gpt2 ids, as far as anyone knows
     argv = ["--vocab_size=257", "--sample_prompt=Every effort"]
@@ -697,6 +708,7 @@ def test_a_run_from_weights_is_resumed_by_what_it_says(command, dataset, monkeyp
     words = shlex.split(out.splitlines()[-1].removeprefix("to go on: python train.py "))
     code, out, err = command("train.py", *words)
     assert (code, err) == (0, "") and "changed since" not in out
+    assert "epochs; going on after 3\n" in out
     assert torch.load("b/model.ckpt", weights_only=True)["step"] == 5
 
 
