@@ -38,10 +38,12 @@ FAULTS = """
 import resource, sys, train, torch
 if sys.argv[1] == "train":
     train.precision(train.TrainConfig(device="cpu"))
-for _ in range(2):
+counts = []
+for _ in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**26)  # a quarter of a GB, and gone
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(counts[1:]))  # the system may take idle memory away at any one of them
 """
 
 
