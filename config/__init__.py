@@ -1,10 +1,13 @@
-"""Settings: one dataclass, config files and a command line into one checked object.
+"""Settings: turn one dataclass, config files and a command line into one checked object.
 
     python train.py config/tiny.py --n_layer 2 --learning_rate=3e-4 --wandb
 
-A setting is one line of a dataclass: name, type, default and a comment. The comment is what
-`--help` prints. A config file holds plain assignments (`n_layer = 2`) and is read, never executed.
-Later words win over earlier ones, and the command line wins over files.
+A setting is one line of a dataclass: name, type, default, and a comment, which `--help` prints. A
+config file holds plain assignments (`n_layer = 2`); it is read, never executed. Later words win
+over earlier ones, and the command line wins over files.
+
+Also here, as every script needs it: `UserError`, `run`, `atomic_write`, and the environment
+variables that have to be set before torch is imported.
 """
 
 import ast
@@ -16,15 +19,28 @@ import os
 import re
 import sys
 import typing
+from pathlib import Path
+
+# Large tensors in huge pages: otherwise every step on a CPU maps them again, 4 KiB at a time.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+# What `ast` raises for text that is not Python: wrong, not UTF-8, nested too deeply, ...
+NOT_PYTHON = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
+
+# Names that are not settings here, and what to use instead.
+OTHER_NAMES = {
+    "plan": "nothing: the first lines of every run say what it takes",
+    "recompute": "--activation_checkpointing",
+}
 
 
 class UserError(ValueError):
-    """Something the person at the keyboard can mend; `run` shows it as one line, exit code 2."""
+    """An error the user can fix: `run` prints it as one line and exits with code 2."""
 
 
 @contextlib.contextmanager
 def user_errors():
-    """Around code that knows of no keyboard: what it refuses is the user's to mend."""
+    """Turn ValueError and OSError into UserError."""
     try:
         yield
     except (ValueError, OSError) as error:
@@ -32,72 +48,71 @@ def user_errors():
 
 
 def run(main):
-    """Call `main(argv)` for a script; a UserError ends in one line, Ctrl-C without a traceback."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # one that is closed is None
-        stream.reconfigure(errors="replace")  # a terminal that lacks a character gets another
+    """Call `main(argv)` for a script; print errors that the user can fix as one line."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
+        stream.reconfigure(errors="replace")  # for characters that the terminal cannot show
     try:
-        main(sys.argv[1:])
+        return main(sys.argv[1:])
     except UserError as error:
-        print(f"{sys.argv[0]}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        message, code = error, 2
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in str(error) and not isinstance(error, MemoryError):
             raise
-        said = f"{sys.argv[0]}: out of memory: a smaller batch, context or model takes less"
-        print(said, file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # whoever read has seen enough (`| head`)
-        sys.stdout = open(os.devnull, "w")
+        message, code = "out of memory: use a smaller batch, context or model", 2
     except KeyboardInterrupt:
-        with contextlib.suppress(OSError):  # nobody may be there to read it
-            print(f"\n{sys.argv[0]}: stopped", file=sys.stderr, flush=True)
-        sys.exit(130)  # 128 + SIGINT, as shells report it
+        message, code = "stopped", 130  # 128 + SIGINT, as shells report it
+    except BrokenPipeError:  # `| head` has closed standard output
+        sys.stdout = open(os.devnull, "w")
+        return
+    with contextlib.suppress(OSError):  # standard error may be closed
+        print(f"{sys.argv[0]}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
-def parse(cls, argv):
-    """One instance of the dataclass `cls` from the words of a command line.
+def parse(cls, argv: list[str]):
+    """Return an instance of the dataclass `cls`; its attribute `given` has the settings given.
 
-    Words without `--` are config files, or the values of the field `sources` where `cls` has one.
+    Words without `--` are config files, or the values of the field `sources` if `cls` has one.
     Raises UserError for an unknown name, a value of the wrong type, or one that `cls` refuses.
     """
-    hints = typing.get_type_hints(cls)
-    words, plain, values, given = list(argv), [], {}, {}
+    types = typing.get_type_hints(cls)
+    types = {field.name: types[field.name] for field in dataclasses.fields(cls)}
+    words, plain, from_files, given = list(argv), [], {}, {}
     while words:
         word = words.pop(0)
-        if word in ("-h", "--help"):
-            print(describe(cls, hints))
-            sys.exit(0)
-        if not word.startswith("--"):
+        if not word.startswith("--") and word != "-h":
             plain.append(word)
+            if "sources" not in types:
+                from_files |= read_file(word, types)
             continue
+        if word in ("-h", "--help"):
+            print(describe(cls, types, from_files | given))
+            sys.exit(0)
         name, equals, text = word[2:].partition("=")
-        check_name(name, hints)
-        if not equals and bool in options(hints[name]):
+        if bool in alternatives(types.get(name.removeprefix("no-"))) and name not in types:
+            name, equals, text = name.removeprefix("no-"), "=", "false"
+        check_name(name, types)
+        if not equals and bool in alternatives(types[name]):
             text = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
         elif not equals:
             if not words or words[0].startswith("--"):
                 raise UserError(f"--{name} needs a value (--{name}=VALUE if it begins with --)")
             text = words.pop(0)
-        given[name] = check_type(f"--{name}", from_text(text, hints[name]), hints[name])
-    if "sources" in hints:
-        values["sources"] = plain
-    else:
-        for path in plain:
-            values |= read_file(path, hints)
+        given[name] = check_type(f"--{name}", to_value(text, types[name]), types[name])
+    given = from_files | given
     with user_errors():
-        return cls(**values | given)
+        config = cls(**given, **({"sources": plain} if "sources" in types else {}))
+    config.given = given
+    return config
 
 
-def read_file(path, hints):
-    """The assignments of one config file, checked against the types in `hints`."""
+def read_file(path: str, types: dict) -> dict:
+    """Return the assignments in a config file, checked against `types`."""
     try:
-        with open(path, encoding="utf-8-sig") as file:  # editors on Windows put a mark in front
-            body = ast.parse(file.read()).body
+        body = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path).body  # -sig: skip a BOM
     except OSError as error:
         raise UserError(f"cannot read config file {path}: {error.strerror}") from error
-    except SyntaxError as error:
-        raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
-    except (ValueError, RecursionError, MemoryError) as error:  # not text, NUL bytes, absurd depth
+    except NOT_PYTHON as error:
         raise UserError(f"{path} is not a config file: {error}") from error
     values = {}
     for node in body:
@@ -107,71 +122,96 @@ def read_file(path, hints):
         try:
             [target] = node.targets
             name, value = target.id, ast.literal_eval(node.value)
-        except (AttributeError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        except (AttributeError, *NOT_PYTHON) as error:
             raise UserError(f"{where}only `name = plain value` may stand here") from error
-        check_name(name, hints, where)
-        values[name] = check_type(where + name, value, hints[name])
+        check_name(name, types, where)
+        values[name] = check_type(where + name, value, types[name])
     return values
 
 
-def check_name(name, hints, where=""):
-    """Raise UserError, with the nearest real name, unless `name` is a setting."""
-    if name not in hints:
-        near = difflib.get_close_matches(name.replace("-", "_"), hints, n=1, cutoff=0.5)
-        advice = f"did you mean {near[0]}?" if near else "--help lists them all"
-        raise UserError(f"{where}there is no setting {name!r}; {advice}")
+def check_name(name: str, types: dict, where: str = ""):
+    """Raise UserError, with the nearest name, unless `name` is a setting."""
+    if name in types:
+        return
+    near = difflib.get_close_matches(name.replace("-", "_"), types, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]}?" if near else "--help lists them all"
+    if name in OTHER_NAMES:
+        advice = f"use {OTHER_NAMES[name]}"
+    raise UserError(f"{where}there is no setting {name!r}; {advice}")
 
 
-def options(hint):
-    """What a type admits: `int | None` (int, NoneType), `Literal["a", "b"]` ("a", "b")."""
-    return typing.get_args(hint) or (hint,)
+def alternatives(type_) -> tuple:
+    """Return what a type admits: (int, NoneType) of `int | None`, ("a", "b") of a Literal."""
+    return typing.get_args(type_) or (type_,)
 
 
-def name_type(hint):
-    """A type in a reader's words: `int or none`."""
-    names = (getattr(option, "__name__", str(option)) for option in options(hint))
+def type_name(type_) -> str:
+    """Return a type in words, such as `int or none`."""
+    names = (getattr(each, "__name__", str(each)) for each in alternatives(type_))
     return " or ".join(names).replace("NoneType", "none")
 
 
-def from_text(text, hint):
-    """A word of a command line as a value: text where `hint` is text, else as Python reads it."""
-    if str in options(hint) or isinstance(options(hint)[0], str):
+def to_value(text: str, type_):
+    """Return a word of the command line as Python reads it, or unchanged if `type_` is text."""
+    if str in alternatives(type_) or isinstance(alternatives(type_)[0], str):
         return text
     try:
         return ast.literal_eval(text.capitalize() if text[:1].isalpha() else text.strip())
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        return text  # which `check_type` refuses
+    except NOT_PYTHON:
+        return text  # `check_type` refuses it
 
 
-def check_type(name, value, hint):
-    """`value` if it is one of the `options` of `hint` (an int may stand for a float)."""
-    if float in options(hint) and type(value) is int and abs(value) < 1e300:
+def check_type(name: str, value, type_):
+    """Return `value` if it is of type `type_`; an int may stand for a float."""
+    if float in alternatives(type_) and type(value) is int and abs(value) < 1e300:
         value = float(value)
     if type(value) is int and abs(value) >= 2**63:
         raise UserError(f"{name} is {str(value)[:20]}...; it is too large")
-    if type(value) in options(hint) or value in options(hint):
+    if type(value) in alternatives(type_) or value in alternatives(type_):
         return value
-    raise UserError(f"{name} is {value!r}; it must be {name_type(hint)}")
+    raise UserError(f"{name} is {value!r}; it must be {type_name(type_)}")
 
 
-def describe(cls, hints):
-    """The --help text: what the script says of itself, then every setting of `cls`.
+def describe(cls, types: dict, given: dict) -> str:
+    """Return the --help text: the script's docstring, then every setting of `cls`.
 
-    Meanings are the comments in the source, where a comment on a line of its own is a heading.
+    Meanings are the comments in the source; a comment on a line of its own is a heading.
     """
     rows = {}
     for base in reversed(cls.__mro__[:-1]):
-        source = inspect.getsource(base)
         for heading, name, meaning in re.findall(
-            r"^    (# .*)|^    (\w+): .*?  # (.*)", source, re.MULTILINE
+            r"^    (# .*)|^    (\w+): .*?  # (.*)", inspect.getsource(base), re.MULTILINE
         ):
             rows[heading or name] = heading or meaning
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)} | given
     lines = [inspect.getmodule(cls).__doc__ or ""]
     for name, meaning in rows.items():
-        if name not in hints:
+        if name not in types:
             lines.append("\n" + meaning.lstrip("# "))
         elif name != "sources":
-            setting = f"--{name} {'' if hints[name] is bool else name_type(hints[name])}"
+            setting = f"--{name} {'' if types[name] is bool else type_name(types[name])}"
             lines.append(f"  {setting:<34} {meaning} [{defaults[name]}]")
     return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Open a binary file that replaces `path` once it is complete and flushed to disk.
+
+    Until then, and after any error, `path` is unchanged.
+    """
+    path = Path(path)
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # the new name, too; some file systems refuse it
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)

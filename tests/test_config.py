@@ -2,11 +2,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
 
 import config
+import train
 
 
 @dataclass
@@ -47,6 +49,7 @@ def test_command_line_wins_over_files_and_later_over_earlier(tmp_path):
         (["--loud"], {"loud": True}),
         (["--loud", "true", "--n_layer=2"], {"loud": True, "n_layer": 2}),
         (["--loud=false"], {"loud": False}),
+        (["--loud", "--no-loud"], {"loud": False}),
         (["--rate", "-1e-3"], {"rate": -1e-3}),
         (["--rate=3"], {"rate": 3.0}),
         (["--top_k=none"], {"top_k": None}),
@@ -68,6 +71,9 @@ def test_words(words, expected):
     [
         (["--n_layers", "3"], "there is no setting 'n_layers'; did you mean n_layer?"),
         (["--n-layer", "3"], "did you mean n_layer?"),
+        (["--no-name"], "there is no setting 'no-name'"),
+        (["--plan"], "there is no setting 'plan'; use nothing: the first lines of every run"),
+        (["--recompute"], "use --activation_checkpointing"),
         (["--qqqqqqq", "3"], "--help lists them all"),
         (["--n_layer", "three"], "--n_layer is 'three'; it must be int"),
         (["--n_layer", "3.0"], "--n_layer is 3.0; it must be int"),
@@ -95,12 +101,12 @@ def test_refused(words, message):
     [
         ("n_layer = 3\nn_layers = 4\n", "line 2: there is no setting 'n_layers'"),
         ("n_layer = 'x'\n", "line 1: n_layer is 'x'; it must be int"),
-        ("\n\nn_layer = = 4\n", "line 3: invalid syntax"),
+        ("\n\nn_layer = = 4\n", "be.py is not a config file: invalid syntax"),
         ("import os\n", "line 1: only `name = plain value`"),
         ("n_layer = open('x')\n", "line 1: only `name = plain value`"),
         ("n_layer, rate = 1, 2\n", "line 1: only `name = plain value`"),
-        ("n_layer = 1 + '\n", "line 1: "),
-        ("n_layer = " + "(" * 3000, "line 1: "),
+        ("n_layer = 1 + '\n", "line 1)"),
+        ("n_layer = " + "(" * 3000, "be.py"),
         ("n_layer = " + "-" * 100_000 + "1", "be.py"),
         ("n_layer = 1\0", "be.py"),
         (b"n_layer = 1 # \xff", "be.py"),
@@ -112,6 +118,18 @@ def test_refused_files(tmp_path, text, message):
     with pytest.raises(config.UserError) as error:
         config.parse(Settings, [str(path)])
     assert message in str(error.value)
+
+
+def test_given_is_what_was_given(tmp_path):
+    (tmp_path / "a.py").write_text("n_layer = 12\nrate = 1\n")
+    got = config.parse(Settings, ["--top_k=none", str(tmp_path / "a.py"), "--rate=2"])
+    assert got.given == {"n_layer": 12, "rate": 2.0, "top_k": None}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("[a-z]*.py")), ids=lambda p: p.name)
+def test_every_shipped_config_is_read(path):
+    got = config.parse(train.TrainConfig, [str(path)])
+    assert "dataset" in got.given and path.read_text().count("\n" + "dataset = ") == 1
 
 
 def test_sources_take_the_plain_words():
@@ -132,6 +150,25 @@ def test_help_lists_every_setting(capsys):
     ):
         assert line in out
     assert "--kind round or square" in out and "--loud  " in out
+
+
+def test_help_shows_the_values_of_a_config_file(capsys, tmp_path):
+    (tmp_path / "a.py").write_text("n_layer = 3\n")
+    with pytest.raises(SystemExit):
+        config.parse(Settings, [str(tmp_path / "a.py"), "--help"])
+    assert "number of blocks [3]" in capsys.readouterr().out
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), config.atomic_write(path) as file:
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with config.atomic_write(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
 
 
 WORD = st.one_of(
