@@ -86,7 +86,7 @@ def parse(cls, argv: list[str]):
                 from_files |= read_file(word, types)
             continue
         if word in ("-h", "--help"):
-            print(describe(cls, types, from_files | given))
+            print(describe(cls, types, from_files))
             sys.exit(0)
         name, equals, text = word[2:].partition("=")
         if bool in alternatives(types.get(name.removeprefix("no-"))) and name not in types:
