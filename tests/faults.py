@@ -7,8 +7,9 @@
 Part 1 trains a small model (dropout, accumulation, evaluations), kills the process with SIGKILL
 again and again, some of the time inside a save, resumes, and compares the weights and metrics.jsonl
 bit for bit with those of a run that nobody disturbed. Part 2 does the same to prepare.py: the
-dataset is the old one or the new one. Part 3 kills one of two processes that torchrun has started
-and restarts, and compares as part 1. Part 4 trains where there is no room for a second checkpoint.
+dataset is the old one, the new one, or refused in one line. Part 3 kills one of two processes that
+torchrun has started and restarts, and compares as part 1. Part 4 trains where there is no room for
+a second checkpoint.
 """
 
 import argparse
@@ -154,9 +155,10 @@ def kill_worker(folder: Path, kills: int, rng: random.Random) -> Counter:
 
 
 def kill_prepare(folder: Path, kills: int, rng: random.Random) -> Counter:
-    """Kill prepare.py as it replaces one dataset by another; what is left is one of them, whole.
+    """Kill prepare.py as it replaces one dataset by another.
 
-    Two of them are single texts, one is of documents.
+    What is left is the old dataset, the new one or, after a kill between the renames, one that is
+    refused. Two of the datasets are single texts, one is of documents.
     """
     texts = {
         name: " ".join(rng.choices(("ab", "c", "defg"), k=300_000))
@@ -184,19 +186,28 @@ def kill_prepare(folder: Path, kills: int, rng: random.Random) -> Counter:
             time.sleep(rng.uniform(0, 0.8))
         process.send_signal(signal.SIGKILL)
         process.communicate()
+        killed = process.returncode == -signal.SIGKILL
         left = sorted(path.name for path in (folder / "data/d").iterdir())
-        if process.returncode == -signal.SIGKILL and rng.random() < 0.4:
-            counts["killed, and again before anyone looked"] += 1  # looking puts things right
+        waiting = ", ".join(x for x in left if x.endswith(".tmp")) or "nothing"
+        try:
+            os.chdir(folder)
+            splits, meta = prepare.load_dataset("d")
+        except prepare.UserError as error:
+            # meta.json is in place, and at least one of the others is not
+            assert killed and waiting in ("train.bin.tmp", "train.bin.tmp, val.bin.tmp"), left
+            assert "prepare it again" in str(error) and "\n" not in str(error), error
+            counts[f"killed, {waiting} lying about: refused"] += 1
+            finish("prepare.py", *words, folder=folder)
+            current = name
             continue
-        os.chdir(folder)
-        splits, meta = prepare.load_dataset("d")
-        os.chdir(here)
+        finally:
+            os.chdir(here)
         same = [x for x in texts if all(map(np.array_equal, splits.values(), wanted[x]))]
         assert len(same) == 1 and meta["source"] == same[0], (same, meta, left)
-        if process.returncode == -signal.SIGKILL:
-            halves = ", ".join(x for x in left if x.endswith((".tmp", ".new"))) or "nothing"
+        assert same[0] in (name, current), (same, name, current)
+        if killed:
             whole = "new" if same[0] == name else "old"
-            counts[f"killed, {halves} lying about: the {whole} dataset"] += 1
+            counts[f"killed, {waiting} lying about: the {whole} dataset"] += 1
         current = same[0]
     return counts
 
