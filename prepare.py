@@ -12,8 +12,7 @@ token ids without a header, which numpy.memmap opens; meta.json describes them.
 A document is a text file (.txt or any other name), a line of a .jsonl or .jsonl.gz file, or a row
 of a .parquet file; --field names the field or column that holds the text. A single text file is cut
 in two: its first characters are for training, the rest for validation. Several documents are never
-cut: a hash of its content assigns each document to training or validation, and <|endoftext|> ends
-it.
+cut: a hash of its content assigns each one to training or validation, <|endoftext|> follows it.
 
 Files are streamed: memory does not grow with the corpus, only with its largest document, which may
 have 64 MiB (a single text file may have any size). The ids do not depend on --workers.
@@ -59,7 +58,7 @@ class PrepareConfig:
     """The settings of prepare.py."""
 
     sources: list[str]
-    dataset: str = ""  # name of the folder under data/; if empty, the name of the first source
+    dataset: str = ""  # name of the folder under data/; if empty, as the first source
     tokenizer: str = "gpt2"  # a tiktoken encoding (gpt2, cl100k_base, ...) or bytes
     val_fraction: float = 0.1  # fraction of the text kept for validation
     field: str = "text"  # field of a .jsonl line, or column of a .parquet file, with the text
@@ -80,6 +79,7 @@ class PrepareConfig:
 
 
 def main(argv: list[str]):
+    """Prepare a dataset: choose tokenizer and sources, split and encode the text, write the ids."""
     started = time.perf_counter()
     config = parse(PrepareConfig, argv)
     tokenizer = get_tokenizer(config.tokenizer)
