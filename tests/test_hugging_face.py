@@ -3,10 +3,10 @@
 import json
 import os
 
+from model import GPT, GPTConfig, load_model
+
 import pytest
 import torch
-
-from model import GPT, GPTConfig, load_model
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")

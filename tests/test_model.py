@@ -3,12 +3,12 @@ import math
 import os
 import pickle
 
+from model import GPT, Cache, GPTConfig, dropout, rotate, rotation
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from model import GPT, Cache, GPTConfig, dropout, rotate, rotation
 
 SMALL = dict(vocab_size=50, context_length=8, n_layer=2, n_head=2, n_embd=16)
 
