@@ -42,11 +42,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal
 
+from config import UserError, atomic_write, parse, run, user_errors
+
 import numpy as np
 import tiktoken
 from tiktoken.load import read_file_cached
-
-from config import UserError, atomic_write, parse, run, user_errors
 
 ENDOFTEXT = "<|endoftext|>"
 replacing = atomic_write

@@ -13,61 +13,79 @@ The checkpoint alone says which model and which tokenizer it needs.
 import codecs
 import contextlib
 import math
-import os
 import sys
 from dataclasses import dataclass
 from typing import Literal
 
-# Large tensors in huge pages, which a CPU reads faster; PyTorch looks when it is imported.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-import torch
-
 import prepare
 from config import UserError, parse, run, user_errors
-from model import GPT, choose_device, load_model
+from model import GPT, choose_device, load_model, prepack
+
+import torch
 
 
 @dataclass
 class SampleConfig:
-    """What to write, and how."""
+    """All settings of sample.py."""
 
     # Model
     ckpt: str = "out/model.ckpt"  # checkpoint that train.py wrote
-    init_from: str | None = None  # instead of ckpt: gpt2, another name on the hub, or a folder
+    init_from: str | None = None  # other weights instead: gpt2, another name on the hub, a folder
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a name such as cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
     # Text
-    start: str | None = None  # prompt; FILE:path: from a file, -: from standard input
-    num_samples: int = 1  # how many continuations, produced together
-    max_new_tokens: int = 100  # greatest length of each
+    start: str | None = None  # prompt; FILE:path: read it from a file, -: from standard input
+    num_samples: int = 1  # number of continuations, generated together
+    max_new_tokens: int = 100  # maximum length of each
     stop: bool = True  # end a sample at <|endoftext|>
     seed: int = 1337  # the same seed gives the same text
     # Choice of each token
-    temperature: float = 0.8  # 0: always the likeliest; 1: as the model says; higher: wilder
-    top_k: int | None = 50  # among the k likeliest; none: among all
-    top_p: float = 1.0  # among the likeliest that add up to this probability
-    min_p: float = 0.0  # among those at least this many times as likely as the likeliest
+    temperature: float = 0.8  # 0: the most likely token; 1: as predicted; higher: more varied
+    top_k: int | None = 50  # among the k most likely tokens; none: among all
+    top_p: float = 1.0  # among the most likely tokens that add up to this probability
+    min_p: float = 0.0  # among tokens at least this many times as likely as the most likely one
     # Instead of a text
-    top_logprobs: int | None = None  # show this many alternatives to each token
-    score: str | None = None  # a file, or - for standard input, to tell the loss of
-    export: str | None = None  # a folder to write, that Hugging Face's transformers loads
+    top_logprobs: int | None = None  # list each token with this many alternatives
+    score: str | None = None  # report the loss of a text: a file, or - for standard input
+    export: str | None = None  # write the weights to this folder for Hugging Face's transformers
 
     def __post_init__(self):
         bounds = {"num_samples": (1, 2**16), "max_new_tokens": (1, 2**40), "seed": (0, 2**62)}
         bounds |= {"temperature": (0, 1e9), "top_k": (1, 2**40), "min_p": (0, 1)}
-        bounds |= {"top_logprobs": (1, 2**40)}
+        bounds |= {"top_p": (1e-9, 1), "top_logprobs": (1, 2**40)}
         for name, (least, most) in bounds.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
-                wanted = f"from {least} to {most}" if most == 1 else f"at least {least}"
-                raise ValueError(f"{name} is {value}; it must be {wanted}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+                raise ValueError(f"{name} is {value}; it must be from {least:g} to {most:g}")
+
+
+def main(argv: list[str]):
+    config = parse(SampleConfig, argv)
+    with user_errors():
+        device, dtype = choose_device(config.device, config.dtype)
+        gpt, saved = load_model(config.init_from or config.ckpt)
+    name = saved.pop("tokenizer", "gpt2")
+    saved.clear()  # releases the optimizer's state
+    if config.export:
+        return export(gpt, name, config.export)
+    if config.score and config.dtype == "auto":
+        dtype = torch.float32  # a loss with all its digits
+    gpt = prepack(gpt.to(device, dtype))
+    tokenizer = prepare.get_tokenizer(name)
+    if config.score:
+        score(prepare.read_text(config.score), gpt, tokenizer)
+    elif config.start is None and sys.stdin and sys.stdin.isatty():
+        print("Type a prompt; an empty line ends, Ctrl-C ends a text early.")
+        while prompt := read_line():
+            with contextlib.suppress(KeyboardInterrupt):
+                write(prompt, config, gpt, tokenizer)
+            print()
+    else:
+        write(read_prompt(config.start), config, gpt, tokenizer)
 
 
 def read_prompt(start: str | None) -> str:
-    """The prompt that `--start` means."""
+    """Return the prompt that `--start` names; without one, <|endoftext|>."""
     if start is None:
         return prepare.ENDOFTEXT
     if start == "-" or start.startswith("FILE:"):
@@ -75,13 +93,24 @@ def read_prompt(start: str | None) -> str:
     return start
 
 
+def read_line() -> str:
+    """Return a line from the terminal; an empty one at its end."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  edit the line and recall earlier ones with arrow keys
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return ""
+
+
 def encode(prompt: str, tokenizer, gpt: GPT) -> list[int]:
-    """Token ids of a prompt, in which <|endoftext|> is the special token."""
+    """Return the token ids of a prompt, in which <|endoftext|> is the special token."""
     ids = tokenizer.encode(prompt, allowed_special={prepare.ENDOFTEXT}, disallowed_special=())
     if not ids:
         raise UserError("the prompt is empty: give one with --start")
     if max(ids) >= gpt.config.vocab_size:
-        raise UserError(f"the prompt holds token {max(ids)}, which the model does not know")
+        raise UserError(f"the model does not know token {max(ids)} of the prompt")
     if len(ids) > (T := gpt.config.context_length):
         print(f"(a prompt of {len(ids):,} tokens: the model sees the last {T:,})", file=sys.stderr)
     return ids
@@ -89,28 +118,19 @@ def encode(prompt: str, tokenizer, gpt: GPT) -> list[int]:
 
 @torch.inference_mode()  # a few hundredths faster than no_grad
 def write(prompt: str, config: SampleConfig, gpt: GPT, tokenizer):
-    """Print the prompt and its continuations, the first of them as it is produced."""
-    device = gpt.transformer.wte.weight.device
+    """Print the prompt and its continuations, the first one as it is generated."""
+    device, end = gpt.transformer.wte.weight.device, tokenizer.eot_token
     idx = torch.tensor([encode(prompt, tokenizer, gpt)] * config.num_samples, device=device)
-    stream = gpt.stream(
-        idx,
-        config.max_new_tokens,
-        config.temperature,
-        config.top_k,
-        config.top_p,
-        config.min_p,
-        config.seed,
-        tokenizer.eot_token if config.stop else None,
-        compile=device.type == "cuda",
-    )
+    rules = (config.temperature, config.top_k, config.top_p, config.min_p, config.seed)
+    stream = gpt.stream(idx, config.max_new_tokens, *rules, end if config.stop else None)
     shown = "" if config.start is None and prompt == prepare.ENDOFTEXT else prompt
-    rows = []
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # keeps half a character back
     print(shown, end="\n" if config.top_logprobs else "", flush=True)
-    for token, logits in stream:
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back incomplete characters
+    rows = []  # of each position the tokens of all samples
+    for token, logits in stream:  # (num_samples, 1), (num_samples, V)
         rows.append(token[:, 0].tolist())
         id = rows[-1][0]
-        if config.stop and id == tokenizer.eot_token:
+        if config.stop and id == end:
             if config.num_samples == 1:
                 break
         elif config.top_logprobs:
@@ -118,14 +138,17 @@ def write(prompt: str, config: SampleConfig, gpt: GPT, tokenizer):
         else:
             print(decoder.decode(prepare.token_bytes(tokenizer, id)), end="", flush=True)
     print(decoder.decode(b"", final=True))
-    for ids in list(zip(*rows))[1:]:  # the other samples, which were produced beside the first
-        if config.stop and tokenizer.eot_token in ids:
-            ids = ids[: ids.index(tokenizer.eot_token)]
+    for ids in list(zip(*rows))[1:]:  # the other samples
+        if config.stop and end in ids:
+            ids = ids[: ids.index(end)]
         print("-" * 40 + f"\n{shown}{prepare.decode(tokenizer, ids)}")
 
 
+# --- A first reading may stop here ----------------------------------------------------------------
+
+
 def alternatives(id: int, logits: torch.Tensor, k: int, tokenizer) -> str:
-    """A line: the token that was produced, its probability, and the `k` likeliest with theirs."""
+    """Return a line with token `id` and the `k` most likely tokens, with their probabilities."""
     logprobs = logits.log_softmax(dim=-1)  # (V,)
     likeliest = logprobs.topk(min(k, len(logprobs)))
 
@@ -137,74 +160,40 @@ def alternatives(id: int, logits: torch.Tensor, k: int, tokenizer) -> str:
 
 
 @torch.no_grad()
-def score(text: str, gpt: GPT, tokenizer) -> tuple[float, float, int]:
-    """Mean loss in nats per token, bits per byte and tokens, of all tokens after the first.
+def score(text: str, gpt: GPT, tokenizer):
+    """Print the mean loss in nats per token, perplexity and bits per byte of a text.
 
-    Windows overlap by half a context, so that beyond the first each token has at least that much
-    before it.
+    The first token is not predicted. Windows overlap by half a context, so that beyond the first
+    window each token has at least half a context before it.
     """
     ids = torch.tensor(tokenizer.encode_ordinary(text))
     if len(ids) < 2:
         raise UserError("a text to score needs at least two tokens")
     if ids.max() >= gpt.config.vocab_size:
-        raise UserError(f"the text holds token {ids.max()}, which the model does not know")
+        raise UserError(f"the model does not know token {ids.max()} of the text")
     T, device = gpt.config.context_length, gpt.transformer.wte.weight.device
-    total, done = 0.0, 0  # loss and number of the tokens so far
+    total, done = 0.0, 0  # sum of the losses and number of tokens so far
     while done < len(ids) - 1:
         start = max(0, done - T // 2)
         window = ids[start : start + T + 1].to(device)[None]  # (1, at most T + 1)
         targets = window[:, 1:].clone()
-        targets[:, : done - start] = -100  # already counted
+        targets[:, : done - start] = -100  # counted in the window before
         new = start + targets.shape[1] - done
         total += gpt(window[:, :-1], targets).item() * new
         done += new
-    count = len(prepare.decode_bytes(tokenizer, ids[1:].tolist()))
-    return total / done, total / math.log(2) / count, done
+    loss, size = total / done, len(prepare.decode_bytes(tokenizer, ids[1:].tolist()))
+    print(f"tokens         {done:,}\nloss           {loss:.4f} nats per token")
+    print(f"perplexity     {math.exp(min(loss, 700)):,.2f}")
+    print(f"bits per byte  {total / math.log(2) / size:.4f}")
 
 
-def main(argv: list[str]):
-    config = parse(SampleConfig, argv)
+def export(gpt: GPT, tokenizer: str, folder: str):
+    """Write weights, and gpt2's tokenizer files, for Hugging Face's transformers."""
     with user_errors():
-        device, dtype = choose_device(config.device, config.dtype)
-        gpt = load_model(config.init_from) if config.init_from else GPT.from_checkpoint(config.ckpt)
-    if config.score and config.dtype == "auto":
-        dtype = torch.float32  # a loss deserves all its digits
-    name = gpt.checkpoint.get("tokenizer", "gpt2")
-    if config.export:
-        with user_errors():
-            gpt.save_pretrained(config.export, name)
-            if name == "gpt2":
-                prepare.save_gpt2_tokenizer(config.export)
-        print(f"written: {config.export}, for GPT2LMHeadModel.from_pretrained")
-        return
-    gpt.checkpoint = None
-    gpt.to(device, dtype).eval()
-    if device.type == "cpu":
-        gpt.pack()
-    tokenizer = prepare.get_tokenizer(name)
-    if config.score:
-        loss, bits, tokens = score(prepare.read_text(config.score), gpt, tokenizer)
-        print(f"tokens         {tokens:,}\nloss           {loss:.4f} nats per token")
-        print(f"perplexity     {math.exp(min(loss, 700)):,.2f}\nbits per byte  {bits:.4f}")
-    elif config.start is None and sys.stdin and sys.stdin.isatty():
-        print("Type a prompt; an empty line ends, Ctrl-C cuts a text short.")
-        while prompt := read_line():
-            with contextlib.suppress(KeyboardInterrupt):
-                write(prompt, config, gpt, tokenizer)
-            print()
-    else:
-        write(read_prompt(config.start), config, gpt, tokenizer)
-
-
-def read_line() -> str:
-    """A line from the terminal; empty at its end."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  arrow keys edit the line and bring back earlier ones
-    try:
-        return input("> ")
-    except EOFError:
-        print()
-        return ""
+        gpt.save_pretrained(folder, tokenizer)
+        if tokenizer == "gpt2":
+            prepare.save_gpt2_tokenizer(folder)
+    print(f"written: {folder}, for GPT2LMHeadModel.from_pretrained")
 
 
 if __name__ == "__main__":

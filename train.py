@@ -1,24 +1,25 @@
 """Train a GPT.
 
-    python train.py config/verdict.py                          the book's run
-    python train.py config/tiny.py --n_layer 2 --seed=1        a config file, then changes to it
-    python train.py config/tiny.py --init_from resume          go on where a run stopped
-    torchrun --nproc_per_node=4 train.py config/gpt2.py        four processes, the same run
+    python train.py config/verdict.py                       the book's run
+    python train.py config/tiny.py --n_layer 2 --seed=1     a config file, then changes to it
+    python train.py --init_from resume                      go on with the run in out/
+    torchrun --nproc_per_node=4 train.py config/gpt2.py     the same run in four processes
 
-Reads data/<dataset>/, which prepare.py makes. Writes out/model.ckpt, the weights and all that
-resuming needs, out/metrics.jsonl, a line for every report, and out/loss.png, a picture of them.
+Reads data/<dataset>/, made by prepare.py. Writes out/model.ckpt (the weights and all that resuming
+needs), out/metrics.jsonl (one line per report) and out/loss.png (a picture of the losses).
+
+Read `main` first: one pass of its loop is one update, with the book's four steps: forward pass,
+loss, backward pass, update. A batch follows from the seed and the step alone, so a resumed run
+draws the same batches. Several processes (ranks) run the same loop, each on its share of a batch.
 """
 
-import atexit
 import contextlib
-import copy
 import ctypes
-import functools
-import itertools
 import json
 import math
 import os
 import re
+import secrets
 import shlex
 import signal
 import sys
@@ -30,8 +31,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
-# Large tensors in huge pages: PyTorch otherwise pages them in by 4 KiB at every step on a CPU.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+import prepare
+from config import UserError, atomic_write, parse, run, user_errors
+from model import (
+    GPT,
+    GPTConfig,
+    choose_device,
+    count_parameters,
+    flops_per_token,
+    load_model,
+    make_optimizers,
+    prepack,
+    read_checkpoint,
+)
 
 import numpy as np
 import torch
@@ -39,318 +51,252 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-import prepare
-from config import UserError, parse, run, user_errors
-from model import GPT, GPTConfig, choose_device, load_model, read_checkpoint
-
 
 @dataclass
 class TrainConfig(GPTConfig):
-    """Every setting of a run: those of the model, and these."""
+    """All settings of a training run: the model's and the ones below."""
 
-    vocab_size: int | None = None  # number of different tokens; none: the dataset's
+    vocab_size: int | None = None  # number of token ids; none: the dataset's
     # Data
     dataset: str = "verdict"  # folder under data/ that prepare.py made
     batch_size: int = 8  # sequences per update, over all processes
-    micro_batch_size: int | None = None  # sequences per forward pass, per process; none: batch_size
-    shift_windows: bool = True  # cut the text elsewhere in every epoch (the book: no)
-    seed: int = 1337  # weights, order of the data and dropout follow from it
+    micro_batch_size: int | None = None  # sequences per forward pass and process; none: all
+    shift_windows: bool = True  # cut the text at another offset in every epoch (the book: no)
+    seed: int = 1337  # of the initial weights, the order of the data, and dropout
     # Updates
-    max_iters: int = 1000  # updates in all
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the matrices in the blocks alone
-    learning_rate: float = 6e-4  # the highest learning rate (with muon about 0.02)
-    embedding_learning_rate: float = 6e-4  # with muon: of embeddings, biases and gains
-    head_learning_rate: float = 6e-4  # with muon: of an untied head of 128 channels, less of more
-    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # after the warm-up
-    warmup_iters: int = 100  # updates over which the learning rate rises in a line
-    initial_lr: float = 0.0  # learning rate of the first update
+    max_iters: int = 1000  # number of updates
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks; AdamW: rest
+    learning_rate: float = 6e-4  # highest learning rate (about 0.02 with muon)
+    embedding_learning_rate: float = 6e-4  # with muon: learning rate of embeddings and vectors
+    head_learning_rate: float = 6e-4  # with muon: of an untied output head, times 128 / n_embd
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: constant, then linear
+    warmup_iters: int = 100  # updates over which the learning rate rises linearly
+    initial_lr: float = 0.0  # learning rate at the start of the warm-up
     min_lr: float = 6e-5  # learning rate at the end of cosine and wsd
-    cooldown_fraction: float = 0.5  # of all updates: the last, over which wsd falls to min_lr
-    weight_decay: float = 0.1  # on matrices alone
-    beta1: float = 0.9  # AdamW's decay of the mean gradient
-    beta2: float = 0.95  # and of its square
-    momentum: float = 0.95  # Muon's decay of the mean gradient
-    muon_interval: int = 1  # updates in which Muon takes each matrix once
-    grad_clip: float = 1.0  # longest gradient, as a norm over all parameters; 0: any length
-    max_skipped: int = 10  # updates in a row whose loss is not finite before training stops
+    cooldown_fraction: float = 0.5  # with wsd: last part of the run, where the rate falls
+    weight_decay: float = 0.1  # decoupled weight decay of matrices; vectors have none
+    beta1: float = 0.9  # AdamW: decay rate of its average of gradients
+    beta2: float = 0.95  # AdamW: decay rate of its average of squared gradients
+    momentum: float = 0.95  # Muon: decay rate of its average of gradients
+    muon_interval: int = 1  # Muon updates each matrix once every this many updates
+    grad_clip: float = 1.0  # clip gradients to this global norm; 0 disables clipping
+    max_skipped: int = 10  # stop after this many updates in a row without a finite loss
     # Reports
     log_interval: int = 10  # updates between log lines
     eval_interval: int = 100  # updates between evaluations
-    eval_iters: int = 20  # batches of each split that an evaluation looks at
+    eval_iters: int = 20  # batches of each split in an evaluation
     checkpoint_interval: int = 500  # updates between checkpoints
-    save_best: bool = False  # keep the weights of the best validation loss in best.ckpt, too
-    sample_prompt: str = "Every effort moves you"  # continued at evaluations; empty: no samples
-    out_dir: str = "out"  # where model.ckpt, metrics.jsonl and loss.png go
-    wandb: bool = False  # log to Weights & Biases, too
+    save_best: bool = False  # also keep the weights of the lowest validation loss in best.ckpt
+    sample_prompt: str = "Every effort moves you"  # text to continue at evaluations; empty: none
+    out_dir: str = "out"  # folder for model.ckpt, metrics.jsonl and loss.png
+    wandb: bool = False  # also log to Weights & Biases
     # Start and machine
-    init_from: str = "scratch"  # scratch, resume, or weights: a checkpoint, gpt2, a folder
+    init_from: str = "scratch"  # scratch, resume, or weights: a checkpoint, a folder, gpt2
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a name such as cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: whole models, or a part in each
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: a whole model or a shard in each
     compile: bool | None = None  # torch.compile the model; none: on a GPU
-    recompute: bool = False  # activations in the backward pass: less memory, more time
-    plan: bool = False  # print what the run would take, and stop
+    activation_checkpointing: bool = False  # recompute activations: less memory, more time
 
     def __post_init__(self):
-        GPTConfig(**self.model_args() | ({} if self.vocab_size is not None else {"vocab_size": 1}))
-        if self.micro_batch_size is None:
-            self.micro_batch_size = self.batch_size
-        at_least_1 = "batch_size micro_batch_size max_iters log_interval eval_interval eval_iters "
-        at_least_1 += "checkpoint_interval max_skipped muon_interval"
-        at_least_0 = "seed warmup_iters learning_rate initial_lr min_lr weight_decay grad_clip "
-        at_least_0 += "embedding_learning_rate head_learning_rate"
-        for least, names in ((1, at_least_1), (0, at_least_0)):
-            for name in names.split():
-                if not least <= getattr(self, name) < math.inf:
-                    raise ValueError(f"{name} is {getattr(self, name)}; the least is {least}")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
+        GPTConfig(**self.model_args())  # raises ValueError for an impossible shape
+        bounds = dict.fromkeys(AT_LEAST_0.split(), (0, math.inf))
+        bounds |= dict.fromkeys(AT_LEAST_1.split(), (1, math.inf))
+        bounds |= dict.fromkeys(("beta1", "beta2", "momentum"), (0, 1))
+        for name, (least, below) in bounds.items():
+            if (value := getattr(self, name)) is not None and not least <= value < below:
+                raise ValueError(f"{name} is {value}; it must be at least {least}, below {below}")
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise ValueError("Muon needs whole matrices: take --parallel ddp or --optimizer adamw")
         if not 0 < self.cooldown_fraction <= 1:
             raise ValueError(f"cooldown_fraction is {self.cooldown_fraction}; it must be in (0, 1]")
 
     def model_args(self) -> dict:
-        """The fields of GPTConfig among the settings."""
-        return {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
+        """Return the fields of GPTConfig among the settings; no vocab_size while it is None."""
+        values = {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
+        return {name: value for name, value in values.items() if value is not None}
 
 
-# One process or many: each has a rank and knows how many they are, and these functions are what
-# they do together. Alone, a process is the first of one.
-
-RENDEZVOUS = timedelta(minutes=5)  # how long processes wait for one another at the start
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+AT_LEAST_0 = "seed warmup_iters learning_rate embedding_learning_rate head_learning_rate "
+AT_LEAST_0 += "initial_lr min_lr weight_decay grad_clip"
+AT_LEAST_1 = "batch_size micro_batch_size max_iters log_interval eval_interval eval_iters "
+AT_LEAST_1 += "checkpoint_interval max_skipped muon_interval"
 
 
-def processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+# --- Data -----------------------------------------------------------------------------------------
 
 
-def all_reduce(x: torch.Tensor, how=dist.ReduceOp.SUM) -> torch.Tensor:
-    """The sum, or another reduction, of every process's `x`; in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x, how)
-    return x
+def get_batch(split, step: int, config: TrainConfig, device="cpu", rank: int = 0, world_size=1):
+    """Return inputs and targets, each (B, T) int64 on `device`, of update number `step`.
 
-
-def gather(x) -> list:
-    """Every process's `x`, which may be any small object, in the order of their ranks."""
-    found = [x] * processes()
-    if dist.is_initialized():
-        dist.all_gather_object(found, x)
-    return found
-
-
-def on_first(function, *args):
-    """What `function` returns on the first process, for all; the others do not call it."""
-    return gather(function(*args) if rank() == 0 else None)[0]
-
-
-def is_sharded(x: torch.Tensor) -> bool:
-    """Whether each process holds a part of `x`: then it is a DTensor."""
-    return hasattr(x, "full_tensor")
-
-
-def whole(tensors: dict) -> dict:
-    """`tensors` by name, those in parts put together one by one, on the first process alone."""
-    found = {}  # a tensor of two names, as a tied head is, stays one
-    for x in tensors.values():
-        if x not in found:
-            full = x.full_tensor().cpu() if is_sharded(x) else x  # takes all processes
-            found[x] = full.detach() if rank() == 0 else None
-    return {name: found[x] for name, x in tensors.items()}
-
-
-def part(x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Of `x`, which all have whole, what this process holds of `p`."""
-    if not is_sharded(p):
-        return x
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
-
-
-def silence(number: int):
-    """Nobody hears what goes to file descriptor `number` from here on."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-
-
-@contextlib.contextmanager
-def together():
-    """Around `main`: joins the processes that torchrun started, if it did.
-
-    Only the first of them is heard on standard output. When one fails it says why, once if all say
-    the same, and the others end as they miss it.
+    An epoch visits every window of T tokens of the stream `split` (L,) once, in shuffled order.
+    Each epoch cuts the stream, closed to a ring, at a new offset (0 without `shift_windows`). All
+    this follows from seed and step alone. Each rank gets B = batch_size / world_size windows.
     """
-    if "RANK" not in os.environ:
-        yield
-        return
-    backend = "cpu:gloo"
-    if torch.cuda.is_available():
-        backend += ",cuda:nccl"
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    try:
-        store, number, count = next(rendezvous("env://", timeout=RENDEZVOUS))
-        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-            # torchrun's own store has the addresses of before a restart (pytorch/pytorch#135712).
-            # On several machines the counts may differ, and a variable is to be set: see README.
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-        store.set(f"here {number}", "")
-        store.wait([f"here {each}" for each in range(count)], RENDEZVOUS)
-        dist.init_process_group(backend, store=store, rank=number, world_size=count)
-    except (RuntimeError, ValueError) as error:
-        where = ":".join(os.environ.get(f"MASTER_{x}", "?") for x in ("ADDR", "PORT"))
-        raise UserError(
-            f"process {os.environ['RANK']} of {os.environ.get('WORLD_SIZE')} did not meet the "
-            f"others at {where}: were all started, with the same address, and does a firewall "
-            f"let them through? ({str(error).splitlines()[0]})"
-        ) from error
-    if rank():
-        silence(1)
-    code = 0
-    try:
-        yield
-    except BaseException as error:
-        code = getattr(error, "code", None)
-        if not isinstance(code, int):  # which would have nothing to say
-            lost = isinstance(error, RuntimeError) and re.search("gloo|nccl", str(error), re.I)
-            said = False
-            with contextlib.suppress(RuntimeError):  # where the store is gone, too
-                failed = store.add("failed", 1)
-                said = (failed if lost else store.add(f"said {error!r}", 1)) > 1
-            if said:
-                silence(2)
-                time.sleep(1)  # torchrun names the one that ends first
-            elif lost:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"lost the other processes: {reason}") from error
-            raise
-    # gloo's threads may crash as Python cleans up (https://github.com/pytorch/pytorch/pull/179291),
-    # so it does not come to that.
-    atexit._run_exitfuncs()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(code)
+    windows = (len(split) - 1) // config.context_length  # per epoch
+    B = config.batch_size // world_size
+    numbers = step * config.batch_size + rank * B + np.arange(B)  # of windows since the start
+    epochs, places = np.divmod(numbers, windows)
+    starts = np.empty(B, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here, rng = epochs == epoch, np.random.default_rng([config.seed, epoch])
+        offset = rng.integers(len(split)) if config.shift_windows else 0
+        starts[here] = offset + config.context_length * permute(places[here], windows, rng)
+    tokens = read_windows(split, starts, config)  # (B, T + 1)
+    if torch.device(device).type == "cuda":
+        tokens = tokens.pin_memory()  # is copied while the GPU computes
+    tokens = tokens.to(device, non_blocking=True)
+    return tokens[:, :-1], tokens[:, 1:]
 
 
-def check_same(values: dict):
-    """Refuse to train where processes see different settings or data."""
-    first, *others = gather(values)
-    for number, theirs in enumerate(others, 1):
-        for name in first | theirs:
-            one, other = first.get(name), theirs.get(name)
-            if one != other:
-                raise UserError(
-                    f"processes differ in {name}: {one!r} in process 0, {other!r} in {number}"
-                )
+def read_windows(split, starts: np.ndarray, config: TrainConfig) -> torch.Tensor:
+    """Return (B, T + 1) int64: the tokens from each of `starts` (B,) on. The stream is a ring."""
+    positions = starts[:, None] + np.arange(config.context_length + 1)  # (B, T + 1)
+    tokens = split[positions % len(split)].astype(np.int64)
+    check_ids(tokens, config)
+    return torch.from_numpy(tokens)
 
 
-def check_parallel(config: TrainConfig, device: torch.device):
-    """Refuse what so many processes cannot do."""
-    count, here = processes(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if config.parallel == "fsdp" and count == 1:
-        raise UserError(
-            "--parallel fsdp cuts a model into a part for each process, and here is one alone: "
-            "start several with torchrun --nproc_per_node=N train.py, or leave it out"
-        )
-    if config.parallel == "fsdp" and config.optimizer == "muon":
-        raise UserError(
-            "Muon needs whole matrices, and --parallel fsdp leaves each process a part of them: "
-            "take --parallel ddp or --optimizer adamw"
-        )
-    if config.batch_size % count:
-        below = config.batch_size // count * count
-        fit = f"{below} or {below + count}" if below else f"{count}"
-        raise UserError(
-            f"batch_size {config.batch_size} cannot be shared evenly by {count} processes: take "
-            f"--batch_size {fit}"
-        )
-    if count > 1 and (device.type not in ("cpu", "cuda") or device.index is not None):
-        raise UserError(f"{count} processes cannot share --device {device}: take cpu or cuda")
-    if device.type == "cuda" and here > (gpus := torch.cuda.device_count()):
-        raise UserError(f"{here} processes here, each of which needs a GPU: there are {gpus}")
+def get_lr(step: int, config: TrainConfig) -> float:
+    """Return the learning rate of update `step` (from 0): warm-up, then cosine (book, appendix D).
 
-
-def distribute(gpt: GPT, config: TrainConfig, device: torch.device, dtype) -> torch.nn.Module:
-    """`gpt` on the device, and what to call so that gradients are the mean over all processes."""
-    if not dist.is_initialized():
-        return gpt.to(device)
-    if config.parallel == "fsdp":
-        # Imported here, as one process alone would wait a second for them.
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        # It warns of what a Linear returns, a view, lest it be changed in place; nothing here is.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-        mesh = init_device_mesh(device.type, (processes(),))
-        # Matrices travel in the dtype that multiplies them; LayerNorms and embeddings, and between
-        # blocks the activations, stay in float32, as autocast has them.
-        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-        for block in gpt.transformer.h:
-            fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
-        return fully_shard(gpt, mesh=mesh)
-    model = DistributedDataParallel(gpt.to(device), gradient_as_bucket_view=True)
-    # Its gradients change places after their first backward pass, and with them the order in which
-    # they are added: this one makes a resumed run's first update like any other.
-    idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    model(idx, idx).backward()
-    model.zero_grad()
-    return model
-
-
-def synchronize(model: torch.nn.Module, now: bool):
-    """Whether the next backward pass adds up gradients over all processes, or keeps its own."""
-    model = getattr(model, "_orig_mod", model)  # within torch.compile's
-    if hasattr(model, "set_requires_gradient_sync"):  # fully_shard's
-        model.set_requires_gradient_sync(now)
-    elif isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = now  # as its no_sync() does
-
-
-def resume_after_restart(config: TrainConfig):
-    """torchrun starts all processes again where one has died: they go on from the checkpoint."""
-    path = f"{config.out_dir}/model.ckpt"
-    restarts = max(gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))))
-    if restarts and os.path.exists(path):
-        with user_errors():
-            job = on_first(lambda: read_checkpoint(path).get("job"))
-        if job == os.environ.get("TORCHELASTIC_RUN_ID"):  # and not an earlier run's
-            config.init_from = "resume"
-            say(f"restarted: going on from {path}")
-
-
-def open_dataset(config: TrainConfig, tokenizer: str | None = None) -> tuple[dict, dict]:
-    """Both splits of a run's dataset and its meta.json, if its model can be trained on it.
-
-    `tokenizer` is the one that the model's weights are from, if they are from somewhere.
+    Parameter groups multiply it by their `lr_scale`.
     """
-    splits, meta = prepare.load_dataset(config.dataset)
-    if tokenizer not in (None, meta["tokenizer"]):
-        raise UserError(
-            f"the model reads {tokenizer} tokens, data/{config.dataset} holds "
-            f"{meta['tokenizer']}: prepare it with --tokenizer {tokenizer}"
-        )
-    if config.vocab_size is None:
-        config.vocab_size = meta["vocab_size"]
-    for split, ids in splits.items():
-        if (tokens := len(ids)) <= config.context_length:
-            shorter = f"take --context_length {tokens - 1} or less, or " if tokens > 1 else ""
-            raise UserError(
-                f"data/{config.dataset}/{split}.bin has {tokens:,} tokens, too few for "
-                f"context_length {config.context_length:,}: {shorter}prepare more text"
-            )
-        for block in prepare.sample_blocks(ids):
-            check_ids(block, config)
-    return splits, meta
+    if step < config.warmup_iters:
+        rise = (config.learning_rate - config.initial_lr) / config.warmup_iters
+        return config.initial_lr + step * rise
+    if config.lr_schedule == "constant":
+        return config.learning_rate
+    if config.lr_schedule == "wsd":  # warm-up, stable, decay (Hu et al. 2024, "MiniCPM")
+        height = (config.max_iters - step) / (config.cooldown_fraction * config.max_iters)
+        height = min(1, max(0, height))
+    else:
+        progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+        height = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+    return config.min_lr + (config.learning_rate - config.min_lr) * height
+
+
+@torch.no_grad()
+def estimate_loss(gpt: GPT, splits: dict, config: TrainConfig, autocast) -> dict[str, float]:
+    """Return the mean loss of each split over up to `eval_iters` batches, without dropout.
+
+    The windows are evenly spaced and the same at every call; a small split is evaluated completely,
+    each token once. Ranks share the batches; the result does not depend on their number.
+    """
+    T, B, device = config.context_length, micro_batch_size(config), gpt.lm_head.weight.device
+    losses = {}
+    gpt.eval()
+    for name, split in splits.items():
+        windows = math.ceil((len(split) - 1) / T)  # the last one may be short
+        count = min(windows, config.eval_iters * config.batch_size)
+        starts = np.arange(count) * windows // count * T
+        sums, counts = [], []
+        for first in range(0, count, B * get_world_size()):
+            mine = starts[first + B * get_rank() :][:B]
+            rows = mine if len(mine) else starts[:1]  # under FSDP all ranks run each forward pass
+            tokens = read_windows(split, rows, config)  # (B, T + 1)
+            after_end = torch.from_numpy(rows)[:, None] + torch.arange(1, T + 1) >= len(split)
+            x, y = tokens[:, :-1], tokens[:, 1:].masked_fill(after_end, -100)  # -100: not counted
+            with autocast:
+                loss = gpt(x.to(device), y.to(device))
+            counts.append(int((y >= 0).sum()) if len(mine) else 0)
+            sums.append(loss.item() * counts[-1])
+        total = math.fsum(sum(all_gather(sums), []))  # exact, so in any order
+        losses[name] = total / sum(sum(all_gather(counts), []))
+    gpt.train()
+    return losses
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def main(argv: list[str]):
+    config = parse(TrainConfig, argv)
+    with process_group() as run_id:
+        signals = catch_signals()
+        config, gpt, saved = load_weights(config, run_id)  # from scratch: None and {}
+        splits, meta = open_dataset(config, saved)
+        device, dtype, autocast, scaler = get_precision(config)
+        check_ranks(config, meta, saved, device)
+        gpt = gpt or create_model(config, device)
+        model = distribute(gpt, config, device, dtype)  # in a single process: gpt itself
+        optimizers = make_optimizers(gpt, config, dtype)
+        step, best_val_loss = load_state(gpt, optimizers, scaler, saved)
+        prompt = read_prompt(config, meta)
+        log = Log(config, meta, saved, device, dtype)
+        describe(config, splits, meta, log)
+        train_model = compile_model(model, splits["train"], config, device, autocast)
+
+        size = micro_batch_size(config)
+
+        def save(name: str = "model.ckpt") -> bool:
+            state = dict(step=step, best_val_loss=best_val_loss, scaler=scaler.state_dict())
+            return save_checkpoint(gpt, optimizers, log, name, state | {"run_id": run_id})
+
+        if step == 0:
+            best_val_loss = evaluate(gpt, splits, config, autocast, prompt, log, step)
+        while step < config.max_iters and not any_rank(signals):
+            lr = set_lr(optimizers, step, config)
+            x, y = get_batch(splits["train"], step, config, device, get_rank(), get_world_size())
+            micro_batches = list(zip(x.split(size), y.split(size)))
+            loss = 0.0
+            for micro_step, (inputs, targets) in enumerate(micro_batches):
+                seed_dropout(config.seed, step, micro_step)
+                set_grad_sync(model, micro_step == len(micro_batches) - 1)
+                with autocast:
+                    micro_loss = train_model(inputs, targets)  # 1. forward pass, 2. loss
+                micro_loss = micro_loss * (len(inputs) / len(x))
+                scaler.scale(micro_loss).backward()  # 3. backward pass; gradients add up
+                loss += micro_loss.detach()
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.grad_clip or math.inf)
+            loss, norm = to_numbers(loss, norm)  # over all ranks; waits for the device
+            finite = math.isfinite(loss + norm)
+            for optimizer in optimizers:
+                if finite:
+                    optimizer.step()  # 4. update
+                optimizer.zero_grad()
+            scaler.update()
+            step += 1
+
+            log.update(step, loss, lr, norm)
+            if step % config.eval_interval == 0 or step == config.max_iters:
+                val_loss = evaluate(gpt, splits, config, autocast, prompt, log, step)
+                if val_loss < best_val_loss:
+                    before, best_val_loss = best_val_loss, val_loss
+                    if config.save_best and not save("best.ckpt"):
+                        best_val_loss = before
+            if step % config.checkpoint_interval == 0 and step < config.max_iters:
+                save()
+        saved = save()
+        exit_code = log.finish(step, saved, stopped_by=any_rank(signals))
+    sys.exit(exit_code)
+
+
+def evaluate(gpt: GPT, splits: dict, config: TrainConfig, autocast, prompt, log, step) -> float:
+    """Report the mean losses of both splits and a sample; return the validation loss."""
+    with log.timed("evaluation"):
+        losses = estimate_loss(gpt, splits, config, autocast)
+    train, val = losses["train"], losses["val"]
+    perplexity = math.exp(min(val, 700))  # as uncertain as among so many equally likely tokens
+    log.write(step, train_loss=train, val_loss=val, val_perplexity=perplexity)
+    losses = f"training loss {train:.4f}  validation loss {val:.4f}"
+    log.print_step(step, f"{losses}  perplexity {perplexity:,.2f}")
+    with log.timed("samples"):
+        write_sample(gpt, prompt, log, autocast)
+    return val
+
+
+# --- A first reading may stop here ----------------------------------------------------------------
 
 
 def permute(index: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Where a random permutation of range(n) sends each `index`, without ever holding all of it.
+    """Map each `index` through a pseudo-random permutation of range(n) in O(1) memory.
 
-    A Feistel network permutes the numbers of 2k bits; whoever lands at n or above walks on until
-    he is below (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    A Feistel network permutes the numbers of 2k bits. Values of n and above are permuted again
+    until they fall below n (cycle walking; Black & Rogaway 2002, "Ciphers with Arbitrary Finite
+    Domains").
     """
     bits = np.uint64(max(1, (int(n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << bits) - np.uint64(1)
@@ -369,963 +315,693 @@ def permute(index: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     return index.astype(np.int64)
 
 
-def get_batch(
-    split: np.ndarray,
-    step: int,
-    *,
-    batch_size: int,
-    context_length: int,
-    seed: int,
-    shift_windows: bool = True,
-    rank: int = 0,
-    processes: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, each (batch_size, context_length) int64, of update number `step`.
+def check_ids(tokens: np.ndarray, config: TrainConfig):
+    """Raise UserError for a token id outside the vocabulary."""
+    if (id := int(tokens.max())) >= (V := config.vocab_size):
+        raise UserError(f"data/{config.dataset} holds token id {id:,}, but vocab_size is {V:,}")
 
-    A function of its arguments alone. Of several `processes` each gets its share of the rows, in
-    the order of their ranks. The stream `split` (L,) is closed to a ring and cut into
-    windows from an offset that is new in every epoch (0 without `shift_windows`); an epoch visits
-    each window once, in shuffled order.
+
+def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
+    """Return both splits of the dataset and its meta.json, and set `vocab_size` if it is None.
+
+    Raises UserError for a dataset that does not fit the settings or the checkpoint `saved`.
     """
-    windows = (len(split) - 1) // context_length  # in an epoch
-    share = batch_size // processes
-    rows = step * batch_size + rank * share + np.arange(share)
-    epoch, place = np.divmod(rows, windows)
-    starts = np.empty(share, dtype=np.int64)
-    for e in np.unique(epoch):
-        rng = np.random.default_rng([seed, e])
-        offset = rng.integers(len(split)) if shift_windows else 0
-        starts[epoch == e] = offset + context_length * permute(place[epoch == e], windows, rng)
-    positions = starts[:, None] + np.arange(context_length + 1)  # (B, T + 1)
-    tokens = torch.from_numpy(split[positions % len(split)].astype(np.int64))
-    return tokens[:, :-1], tokens[:, 1:]
+    splits, meta = prepare.load_dataset(config.dataset)
+    name, tokenizer = f"data/{config.dataset}", meta["tokenizer"]
+    meta["fingerprint"] = f"{meta['train_fingerprint']} {meta['val_fingerprint']}"
+    if (wanted := saved.get("tokenizer") or tokenizer) != tokenizer:
+        advice = f"prepare it with --tokenizer {wanted}"
+        raise UserError(f"the model reads {wanted} tokens, {name} holds {tokenizer}: {advice}")
+    if saved.get("dataset", meta["fingerprint"]) != meta["fingerprint"]:
+        raise UserError(f"{name} is not what {config.out_dir}/model.ckpt was trained on")
+    config.vocab_size = config.vocab_size or meta["vocab_size"]
+    for split, ids in splits.items():
+        if (most := len(ids) - 1) < config.context_length:
+            advice = f"take --context_length {most} or less, or " if most else ""
+            few = f"{name}/{split}.bin has {len(ids):,} tokens, too few for context_length"
+            raise UserError(f"{few} {config.context_length:,}: {advice}prepare more text")
+        for block in prepare.sample_blocks(ids):  # `read_windows` checks the others
+            check_ids(block, config)
+    return splits, meta
 
 
-def check_ids(tokens: torch.Tensor | np.ndarray, config: TrainConfig):
-    """Refuse what is not in the vocabulary; `open_dataset` looks at only some of a large file."""
-    if (largest := int(tokens.max())) >= config.vocab_size:
-        raise UserError(
-            f"data/{config.dataset} holds token id {largest:,}, outside the vocabulary of "
-            f"{config.vocab_size:,}: prepare it again"
-        )
+def micro_batch_size(config: TrainConfig) -> int:
+    """Return how many sequences go through the model at once in each rank."""
+    share = config.batch_size // get_world_size()
+    return min(config.micro_batch_size or share, share)
 
 
-def get_lr(step: int, config: TrainConfig) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up, then cosine (book, appendix D).
-
-    That of `learning_rate`; the groups that have a rate of their own follow in proportion.
-    """
-    if step < config.warmup_iters:
-        rise = (config.learning_rate - config.initial_lr) / config.warmup_iters
-        return config.initial_lr + step * rise
-    if config.lr_schedule == "constant":
-        return config.learning_rate
-    if config.lr_schedule == "wsd":  # warm-up, stable, decay (Hu et al. 2024, "MiniCPM")
-        share = (config.max_iters - step) / (config.cooldown_fraction * config.max_iters)
-        share = min(1, max(0, share))
-    else:
-        progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-        share = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
-    return config.min_lr + (config.learning_rate - config.min_lr) * share
+def seed_dropout(*key: int):
+    """Seed dropout from (seed, step, micro step) and the rank: a resumed run draws equal masks."""
+    sequence = np.random.SeedSequence((*key, get_rank()))
+    torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 
-@torch.no_grad()
-def estimate_loss(model, splits, config, device, autocast) -> dict[str, float]:
-    """Mean loss of each split over `eval_iters` batches, the same at every call, without dropout.
-
-    The windows lie evenly over the split; one that has no more is seen whole, each token once.
-    Processes take turns at the batches; the sums are added up in one order, however many they are.
-    """
-    T, size = config.context_length, min(config.micro_batch_size, config.batch_size // processes())
-    losses = {}
-    model.eval()
-    for name, split in splits.items():
-        windows = -(-(len(split) - 1) // T)  # the last one may be short
-        count = min(windows, config.eval_iters * config.batch_size)
-        starts = np.arange(count) * windows // count * T
-        batches, sums = -(-count // size), []
-        for i in range(rank(), -(-batches // processes()) * processes(), processes()):
-            first = min(i, batches - 1) * size  # as many for each: a forward pass may take all
-            positions = starts[first : first + size, None] + np.arange(T + 1)  # (B, T + 1)
-            batch = torch.from_numpy(split[positions % len(split)].astype(np.int64))
-            check_ids(batch, config)
-            batch = batch.to(device)
-            ended = torch.from_numpy(positions[:, 1:] >= len(split)).to(device)
-            x, y = (batch[:, :-1], batch[:, 1:].masked_fill(ended, -100))  # -100: does not count
-            with autocast:
-                loss = model(x, y)
-            tokens = int((~ended).sum()) if i < batches else 0
-            sums.append((loss.item() * tokens, tokens))
-        total, tokens = map(sum, zip(*(pair for turn in zip(*gather(sums)) for pair in turn)))
-        losses[name] = total / tokens
-    model.train()
-    return losses
+def set_lr(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig) -> float:
+    """Set the learning rate of every parameter group for update `step`; return the base rate."""
+    lr = get_lr(step, config)
+    for optimizer in optimizers:
+        optimizer.step_number = step  # Muon updates some of its matrices at each step
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+    return lr
 
 
-def say(text: str):
-    """Print a line; that whoever reads has left (`| head`, a closed window) must not end a run."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
+def to_numbers(loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
+    """Return the loss, averaged over ranks, and the gradient norm, in one copy from the device."""
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP's are DTensors
+    return torch.stack((all_reduce(loss) / get_world_size(), norm)).tolist()
 
 
-def save_checkpoint(path: Path, contents: dict) -> bool:
-    """Write `path` whole or not at all, and say so; a full disk must not end the training."""
-    started = time.perf_counter()
-    try:
-        with prepare.replacing(path) as file:
-            torch.save(contents, file)
-    except (OSError, RuntimeError) as error:  # torch turns some of the first into the second
-        while error.__context__ is not None:
-            error = error.__context__
-        say(f"{path.as_posix()} NOT SAVED, what was there is as it was: {error}")
+def read_prompt(config: TrainConfig, meta: dict) -> tuple:
+    """Return the tokenizer, in rank 0, and the token ids of `sample_prompt`; [] for no samples."""
+    tokenizer, ids = None, []
+    if config.sample_prompt and get_rank() == 0:
+        tokenizer = prepare.get_tokenizer(meta["tokenizer"])
+        ids = tokenizer.encode(config.sample_prompt, disallowed_special=())
+        if max(ids) >= config.vocab_size:
+            print0(f"no samples: {config.sample_prompt!r} is outside the vocabulary")
+            ids = []
+    return tokenizer, all_gather(ids)[0]
+
+
+def write_sample(gpt: GPT, prompt: tuple, log: "Log", autocast):
+    """Print the prompt and its 40 likeliest next tokens."""
+    tokenizer, ids = prompt
+    if ids and hasattr(gpt, "reshard"):  # FSDP needs every rank in each forward pass
+        with autocast:
+            idx = gpt.generate(torch.tensor([ids], device=log.device), 40, 0.0, use_cache=False)
+        gpt.reshard()  # as a backward pass does
+    elif ids and get_rank() == 0:
+        writer = prepack(gpt, log.dtype) if log.device.type == "cpu" else gpt  # a faster copy
+        idx = writer.generate(torch.tensor([ids], device=log.device), 40, 0.0)
+    if ids and get_rank() == 0:
+        print0("      " + " ".join(prepare.decode(tokenizer, idx[0].tolist()).split()))
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------
+
+
+def load_weights(config: TrainConfig, run_id: str) -> tuple[TrainConfig, GPT | None, dict]:
+    """Follow `init_from`: return settings, model (None from scratch), and what else is saved."""
+    path = f"{config.out_dir}/model.ckpt"
+    if restarted_from(path, run_id):
+        print0(f"restarted: going on from {path}")
+        config.init_from = "resume"
+    if config.init_from == "scratch":
+        return config, None, {}
+    if config.init_from == "resume":
+        return resume(config, path)
+    with user_errors():
+        gpt, saved = load_model(config.init_from, dropout=config.dropout)
+    if config.given.get("context_length", math.inf) < gpt.config.context_length:
+        gpt.crop_context(config.context_length)
+    saved = {"tokenizer": saved.get("tokenizer")}
+    return merge(config, {}, gpt, config.init_from), gpt.train(), saved
+
+
+def restarted_from(path: str, run_id: str) -> bool:
+    """Return whether torchrun has restarted this run and `path` is its own checkpoint."""
+    if max(all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) == 0:
         return False
-    say(
-        f"{path.as_posix()} saved: step {contents['step']:,}, {path.stat().st_size / 1e6:,.1f} MB "
-        f"in {time.perf_counter() - started:.1f} s"
-    )
+    found = None
+    with contextlib.suppress(ValueError):
+        found = read_checkpoint(path).get("run_id") if get_rank() == 0 else None
+    return all_gather(found)[0] == run_id
+
+
+def resume(config: TrainConfig, path: str) -> tuple[TrainConfig, GPT, dict]:
+    """Return settings, model, and what else is saved in `path`; given settings take precedence."""
+    with user_errors():
+        dropout = {"dropout": config.dropout} if "dropout" in config.given else {}
+        gpt, saved = load_model(path, **dropout)
+    wanted = dict(optimizer=dict, scaler=dict, config=dict, dataset=str, step=int)
+    wanted |= dict(best_val_loss=float, run_id=str, metrics=list)
+    for name, kind in wanted.items():
+        if type(saved.get(name)) is not kind or (name == "step" and saved[name] < 0):
+            raise UserError(f"{path} has no {name} to resume with: use --init_from {path}")
+    names = {field.name for field in fields(TrainConfig)} - {"init_from", "out_dir"}
+    settings = {name: value for name, value in saved["config"].items() if name in names}
+    # Where a run happens is the machine's own choice again where the saved one cannot be had.
+    if settings.get("parallel") == "fsdp" and get_world_size() == 1:
+        del settings["parallel"]
+        print0("a single process: parallel was fsdp, is ddp")
+    try:
+        choose_device(settings.get("device", "auto"))
+    except ValueError:
+        print0(f"no {settings.pop('device')} here: device is auto")
+    return merge(config, settings, gpt, path), gpt.train(), saved
+
+
+def merge(config: TrainConfig, settings: dict, gpt: GPT, path: str) -> TrainConfig:
+    """Return the given settings of `config`, else the `settings` of a checkpoint, else defaults.
+
+    The shape is the model's. Raises UserError for given settings that would make another model or
+    optimizer; reports other changes.
+    """
+    shape = asdict(gpt.config)
+    given = {name: value for name, value in config.given.items() if value is not None}
+    for name, value in given.items():
+        before = shape.get(name, settings.get(name, value))
+        if before != value and (name in shape or name == "optimizer"):
+            raise UserError(f"{path} has {name} {before}; {value} would make another model or run")
+        if (before := settings.get(name, value)) != value:
+            print0(f"changed since the checkpoint: {name} was {before}, is {value}")
+    try:
+        merged = TrainConfig(**settings | shape | given | {"init_from": config.init_from})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the settings in {path} cannot be used: {error}") from error
+    merged.given = config.given
+    return merged
+
+
+def load_state(gpt: GPT, optimizers: list, scaler, saved: dict) -> tuple[int, float]:
+    """Load the state of optimizers and scaler; return the step and the best validation loss."""
+    if "step" not in saved:
+        return 0, math.inf
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    def shapes(state: dict) -> dict:
+        return {name: {key: x.shape for key, x in state[name].items()} for name in state}
+
+    # A step with zero gradients and learning rate 0 makes a state to compare with. Its groups stay:
+    # a weight decay that was given must not be replaced by a saved one.
+    state, own = saved.pop("optimizer"), dcp.get_optimizer_state_dict(gpt, optimizers)
+    try:
+        if shapes(state) != shapes(own["state"]):
+            raise ValueError("the optimizer's state does not fit the model")
+        options = dcp.StateDictOptions(full_state_dict=True)
+        dcp.set_optimizer_state_dict(gpt, optimizers, own | {"state": state}, options=options)
+        if saved["scaler"] and scaler.is_enabled():
+            scaler.load_state_dict(saved["scaler"])
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"the checkpoint cannot be resumed: {error}") from error
+    return saved["step"], saved["best_val_loss"]
+
+
+def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: dict) -> bool:
+    """Write out_dir/name; return False and report why if it is not written. All ranks call it.
+
+    model.ckpt holds all that resuming needs, best.ckpt what sampling needs. If several updates in
+    a row were skipped, the weights may be the cause: they never replace a good checkpoint.
+    """
+    path, resumable, error = log.out_dir / name, name == "model.ckpt", None
+    if resumable and log.saved_step == state["step"]:
+        return True
+    if log.skipped > 1 or not all(optimizer.state for optimizer in optimizers):
+        print0(f"{path.as_posix()} NOT SAVED: the last {log.skipped:,} updates were skipped")
+        return False
+    from torch.distributed.checkpoint import state_dict as dcp  # takes half a second
+
+    with log.timed("saving"):
+        started = time.perf_counter()
+        options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state |= log.constants | {"model": dcp.get_model_state_dict(gpt, options=options)}
+        if gpt.config.tie_weights and get_rank() == 0:  # one matrix in the file
+            state["model"]["lm_head.weight"] = state["model"]["transformer.wte.weight"]
+        if resumable:  # without parameter groups, which follow from the settings
+            optimizer_state = dcp.get_optimizer_state_dict(gpt, optimizers, options=options)
+            state |= {"optimizer": optimizer_state["state"], "metrics": log.lines}
+        if get_rank() == 0:
+            try:
+                with atomic_write(path) as file:
+                    torch.save(state, file)
+            except (
+                OSError,
+                RuntimeError,
+            ) as caught:  # torch.save turns OSErrors into RuntimeErrors
+                error = str(caught.__context__ or caught)
+        error = all_gather(error)[0]
+    if error:
+        print0(f"{path.as_posix()} NOT SAVED, an earlier one is unchanged: {error}")
+        return False
+    size, seconds = path.stat().st_size / 1e6, time.perf_counter() - started
+    print0(f"{path.as_posix()} saved: step {state['step']:,}, {size:,.1f} MB in {seconds:.1f} s")
+    log.saved_step = state["step"] if resumable else log.saved_step
     return True
 
 
-def plot(out_dir: Path, config: TrainConfig):
-    """Draw out/loss.png from out/metrics.jsonl: losses over updates and tokens, learning rate."""
+def move_earlier_run(out_dir: Path) -> str:
+    """Move the files of an earlier run into the first new folder out_dir/earlier-N; return it."""
+    number = 1
+    while (folder := out_dir / f"earlier-{number}").exists():
+        number += 1
+    for name in ("loss.png", "metrics.jsonl", "best.ckpt", "model.ckpt"):  # the last one last
+        if (out_dir / name).exists():
+            folder.mkdir(exist_ok=True)
+            os.replace(out_dir / name, folder / name)
+
+    return folder
+
+
+# --- Logs and the picture -------------------------------------------------------------------------
+
+
+def print0(text: str):
+    """Print a line in rank 0. A closed standard output (`| head`) must not end a run."""
+    if get_rank() == 0:
+        try:
+            print(text, flush=True)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")
+
+
+class Log:
+    """Reports of a run: printed, and kept in `lines`, which rank 0 writes to metrics.jsonl."""
+
+    def __init__(self, config: TrainConfig, meta: dict, saved: dict, device, dtype):
+        self.config, self.out_dir = config, Path(config.out_dir)
+        self.device, self.dtype = device, dtype
+        as_given = asdict(config) | {"vocab_size": config.given.get("vocab_size")}
+        self.constants = dict(config=as_given, model_args=config.model_args())  # of checkpoints
+        self.constants |= dict(tokenizer=meta["tokenizer"], dataset=meta["fingerprint"])
+        self.first_step = self.saved_step = self.logged_step = saved.get("step", 0)
+        self.lines = saved.get("metrics", [])
+        self.earlier = self.lines[-1]["seconds"] if self.lines else 0.0  # seconds before this start
+        self.started, self.logged = time.perf_counter(), 0.0
+        self.spent = Counter()  # seconds that were not training
+        self.skipped = 0  # updates in a row
+        self.waiting = not self.first_step  # for the first update of a new run
+        self.complete = False  # whether metrics.jsonl has all lines
+        with user_errors():
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.wandb = start_wandb(config) if config.wandb and get_rank() == 0 else None
+
+    def write(self, step: int, **values: float):
+        """Add a line to metrics.jsonl; before the first update of a new run it waits in memory."""
+        seconds = round(self.earlier + time.perf_counter() - self.started, 3)
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.lines.append({"step": step, "seconds": seconds} | values)
+        if self.wandb:
+            self.wandb.log(self.lines[-1], step=step)
+        if get_rank() > 0 or self.waiting:
+            return
+        path, lines = (
+            self.out_dir / "metrics.jsonl",
+            self.lines[-1:] if self.complete else self.lines,
+        )
+        try:
+            with open(path, "ab") if self.complete else atomic_write(path) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            self.complete = True
+        except OSError as error:
+            self.complete = False
+            print0(f"{path.as_posix()} lacks the line of step {step:,}: {error}")
+
+    @contextlib.contextmanager
+    def timed(self, what: str):
+        """Count the time of the block as `what`, not as training."""
+        started = time.perf_counter()
+        yield
+        self.spent[what] += time.perf_counter() - started
+
+    def print_step(self, step: int, text: str):
+        print0(f"step {step:>{len(str(self.config.max_iters))}}  {text}")
+
+    def update(self, step: int, loss: float, lr: float, norm: float):
+        """Report an update at its interval, or if it was skipped; stop after `max_skipped` of them.
+
+        The first update of a new run moves the files of an earlier run away.
+        """
+        config = self.config
+        self.skipped = 0 if math.isfinite(loss + norm) else self.skipped + 1
+        if self.waiting and not self.skipped:
+            self.waiting = False
+            if get_rank() == 0:
+                with user_errors():
+                    move_earlier_run(self.out_dir)
+        if self.skipped:
+            self.print_step(step, f"update skipped: loss {loss:.4f}, gradient norm {norm:.2f}")
+        if step % config.log_interval == 0:
+            seconds = time.perf_counter() - self.started - self.spent.total()
+            pace = (seconds - self.logged) / (step - self.logged_step)  # seconds per update
+            self.logged_step, self.logged = step, seconds
+            rate = config.batch_size * config.context_length / pace
+            left = timedelta(seconds=round((config.max_iters - step) * pace))
+            self.write(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
+            speed = f"{rate:,.0f} tokens/s{gpu_use(self, rate)}  {left} left"
+            line = f"loss {loss:.4f}  lr {lr:.2e}  gradient norm {norm:.2f}  {speed}"
+            self.print_step(step, line)
+        if self.skipped >= config.max_skipped:
+            saved = (
+                f"model.ckpt is of step {self.saved_step:,}" if self.saved_step else "none is saved"
+            )
+            reason = f"{self.skipped:,} updates in a row had no finite loss or gradient"
+            raise SystemExit(f"stopped: {reason}; {saved}; lower --learning_rate")
+
+    def finish(self, step: int, saved: bool, stopped_by: int) -> int:
+        """Draw loss.png, report where the time went and how to go on; return the exit code."""
+        with self.timed("drawing"):
+            try:
+                if get_rank() == 0 and not self.waiting:
+                    plot(self.out_dir, self.config, self.lines)
+            except Exception as error:  # the run is worth more than its picture
+                print0(f"no loss.png: {error}")
+        total = time.perf_counter() - self.started
+        shares = {"training": total - self.spent.total()} | self.spent
+        listed = ", ".join(f"{what} {seconds / total:.0%}" for what, seconds in shares.items())
+        print0(f"{step - self.first_step:,} updates in {timedelta(seconds=round(total))}: {listed}")
+        if stopped_by and saved and step > 0:
+            ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+            launcher = f"torchrun --nproc_per_node={ranks}" if dist.is_initialized() else "python"
+            words = ["--init_from", "resume", "--out_dir", self.config.out_dir]
+            print0(f"to go on: {launcher} train.py {shlex.join(words)}")
+        return 128 + stopped_by if stopped_by else int(not saved)
+
+
+def describe(config: TrainConfig, splits: dict, meta: dict, log: Log):
+    """Print the first lines of a run: data, model, device, and what the run takes."""
+    train, val, parameters = len(splits["train"]), len(splits["val"]), count_parameters(config)[0]
+    tokens, flops = config.batch_size * config.context_length, flops_per_token(config)
+    checkpoint, memory = (size / 1e9 for size in count_bytes(config))
+    ranks = f", {get_world_size()} processes ({config.parallel})" if dist.is_initialized() else ""
+    going_on = f", going on after {log.first_step:,}" if log.first_step else ""
+    shape = f"{config.n_layer} layers, {config.n_embd} channels, {config.n_head} heads"
+    epochs, total = config.max_iters * tokens / train, config.max_iters * tokens * flops
+    print0(f"data    {config.dataset}: {meta['source']}")
+    print0(f"        {train:,} tokens to train on, {val:,} to validate with ({meta['tokenizer']})")
+    print0(f"model   {parameters:,} parameters: {shape}, context {config.context_length:,}")
+    print0(f"memory  {memory:.3g} GB of weights, gradients and optimizer, and activations")
+    print0(f"device  {log.device}, matrix products in {str(log.dtype)[6:]}{ranks}")
+    print0(
+        f"run     {config.max_iters:,} updates of {tokens:,} tokens, {epochs:.3g} epochs{going_on}"
+    )
+    print0(f"        {flops / 1e9:.3g} GFLOP per token, {total:.2e} FLOP in all")
+    print0(f"files   {log.out_dir}/, checkpoints of {checkpoint:.3g} GB")
+
+
+def gpu_use(log: Log, rate: float) -> str:
+    """Return a log line's share of the card's peak FLOP/s (MFU), if known, and memory in use."""
+    if log.device.type != "cuda":
+        return ""
+    memory = f"  {torch.cuda.max_memory_allocated(log.device) / 1e9:.1f} GB"
+    peak = peak_flops(torch.cuda.get_device_name(log.device))
+    if peak is None or log.dtype == torch.float32:
+        return memory
+    return f"  MFU {rate * flops_per_token(log.config) / peak / get_world_size():.0%}{memory}"
+
+
+def plot(out_dir: Path, config: TrainConfig, lines: list[dict]):
+    """Draw loss.png: losses over updates and tokens, and the learning rate."""
     try:
         import matplotlib
     except ImportError:
-        return say("no loss.png: it needs matplotlib (pip install matplotlib)")
+        return print0("no loss.png: it needs matplotlib (pip install matplotlib)")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    lines = [json.loads(line) for line in open(out_dir / "metrics.jsonl", encoding="utf-8")]
-    logs = [line for line in lines if "loss" in line]
-    evals = [line for line in lines if "val_loss" in line]
-    grey = dict(color="0.75", linewidth=1)
-    figure, (losses, rates) = pyplot.subplots(
-        2, 1, sharex=True, figsize=(8, 5.5), height_ratios=(4, 1), layout="constrained"
-    )
-    points = [(x["step"], x["loss"]) for x in logs if x["loss"] is not None]
-    losses.plot(*zip(*points), label="batch", **grey)
-    for name, label, color in (("train_loss", "training", "C0"), ("val_loss", "validation", "C3")):
-        points = [(x["step"], x[name]) for x in evals if x[name] is not None]
-        losses.plot(*zip(*points), ".-", color=color, label=label)
-        losses.annotate(f" {points[-1][1]:.2f}", points[-1], color=color, va="center")
-    losses.set_ylabel("loss (nats per token)")
-    losses.set_title(f"{config.dataset}, {config.n_layer} layers, {config.n_embd} channels")
+    options = dict(sharex=True, figsize=(8, 5.5), height_ratios=(4, 1), layout="constrained")
+    figure, (losses, rates) = pyplot.subplots(2, 1, **options)
+    losses.set(title=f"{config.dataset}, {config.n_layer} layers, {config.n_embd} channels")
+    losses.set(ylabel="loss (nats per token)")
+    rates.set(xlabel="updates", ylabel="learning rate", ylim=(0, None))
+    for axes, name, label, style in (
+        (losses, "loss", "batch", dict(color="0.75", linewidth=1)),
+        (losses, "train_loss", "training", dict(color="C0", marker=".")),
+        (losses, "val_loss", "validation", dict(color="C3", marker=".")),
+        (rates, "lr", "learning rate", dict(color="C2")),
+    ):
+        points = [(x["step"], x[name]) for x in lines if x.get(name) is not None]
+        axes.plot(*zip(*points or [(0, math.nan)]), label=label, **style)
+        if name in ("train_loss", "val_loss") and points:
+            text = f" {points[-1][1]:.2f}"
+            axes.annotate(text, points[-1], color=style["color"], va="center")
     losses.legend(frameon=False)
     tokens = config.batch_size * config.context_length
     top = losses.secondary_xaxis("top", functions=(lambda x: x * tokens, lambda x: x / tokens))
     top.set_xlabel("tokens")
-    rates.plot([x["step"] for x in logs], [x["lr"] for x in logs], color="C2")
-    rates.set_ylabel("learning rate")
-    rates.set_xlabel("updates")
-    rates.set_ylim(bottom=0)
     for axes in (losses, rates):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    with prepare.replacing(out_dir / "loss.png") as file:
+    with atomic_write(out_dir / "loss.png") as file:
         figure.savefig(file, dpi=110, format="png")
     pyplot.close(figure)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {seconds:02d} s"
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    return f"{minutes / 60 / 24:,.1f} days"
-
-
-def set_rng(*key: int):
-    """Dropout's random numbers follow from `key` from here on, wherever a run was interrupted."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-
-
-def first_model(config: TrainConfig) -> GPT | None:
-    """The model that `init_from` names, and `config` made to say its shape; None for scratch."""
-    if config.init_from == "scratch":
-        return None
-    if config.init_from != "resume":
-        with user_errors():
-            gpt = load_model(config.init_from, dropout=config.dropout)
-        if config.context_length < gpt.config.context_length:
-            gpt.crop_context(config.context_length)
-        for field in fields(GPTConfig):
-            asked, has = getattr(config, field.name), getattr(gpt.config, field.name)
-            if asked not in (has, None, field.default):
-                say(f"{field.name} is {has}, that of {config.init_from}, not {asked}")
-    else:
-        path = f"{config.out_dir}/model.ckpt"
-        with user_errors():
-            gpt = GPT.from_checkpoint(path, dropout=config.dropout)
-        saved = gpt.checkpoint
-        wanted = dict(optimizer=dict, scaler=dict, config=dict, dataset=str, step=int)
-        for name, kind in (wanted | dict(best_val_loss=float)).items():
-            if type(saved.get(name)) is not kind or (name == "step" and saved[name] < 0):
-                raise UserError(f"{path} has no {name} to resume with: use --init_from {path}")
-        old, new = saved["config"], asdict(config)
-        changed = {x: (old[x], new[x]) for x in new if x in old and old[x] != new[x]}
-        of_model = config.model_args().keys() - {"dropout"}
-        default = {field.name: field.default for field in fields(GPTConfig)}
-        # What is not said is the checkpoint's.
-        shape = [x for x in changed if x in of_model and new[x] not in (None, default[x])]
-        if shape:
-            listed = ", ".join(f"{x} ({changed[x][0]} there, {changed[x][1]} here)" for x in shape)
-            raise UserError(f"{path} is of another model: {listed}")
-        if "optimizer" in changed:
-            was = changed["optimizer"][0]
-            raise UserError(f"{path} is of --optimizer {was}: with another use --init_from {path}")
-        for x in sorted(changed.keys() - of_model - {"init_from"}):
-            say(f"changed since the checkpoint: {x} was {changed[x][0]}, is {changed[x][1]}")
-    for name, value in asdict(gpt.config).items():
-        setattr(config, name, value)
-    return gpt
-
-
-def check_memory(config: TrainConfig, device: torch.device):
-    """Refuse a model that cannot fit: weight, gradient and two moments are 16 bytes a parameter."""
-    C = config.n_embd
-    parameters = C * (config.vocab_size + config.context_length + 12 * config.n_layer * C)
-    needed = 16 * parameters / (processes() if config.parallel == "fsdp" else 1)
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-    else:
-        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # who share it
-        known = hasattr(os, "sysconf")  # not on Windows
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else 1e12
-    if needed > memory:
-        raise UserError(
-            f"a model of {parameters:,} parameters takes {needed / 1e9:,.0f} GB to train; "
-            f"here are {memory / 1e9:,.0f} GB"
-        )
-
-
-def set_aside(out_dir: Path, *names: str) -> str:
-    """Rename these files, if they are there, to end in .bak, or the first of .bak2, .bak3, ... that
-    none has taken; returns that ending."""
-    endings = (f".bak{number if number > 1 else ''}" for number in itertools.count(1))
-    there = {path.name for path in out_dir.iterdir()}
-    ending = next(x for x in endings if not there & {name + x for name in names})
-    for name in names:  # in this order, wherever it is interrupted
-        if name in there:
-            os.replace(out_dir / name, out_dir / (name + ending))
-    return ending
-
-
-def keep_old(out_dir: Path):
-    """Make way for a new run: what an earlier one left stays, under other names."""
-    path = out_dir / "model.ckpt"  # last, as without it metrics.jsonl is taken for worthless
-    names = ["loss.png", "metrics.jsonl", path.name] if path.exists() else []
-    ending = set_aside(out_dir, "best.ckpt", *names)
-    if names:
-        say(f"{path.as_posix()} of an earlier run is now {path.name}{ending}")
-
-
-class Metrics:
-    """metrics.jsonl, to which lines are added whole or not at all."""
-
-    def __init__(self, path: Path, step: int):
-        """Cut off what a run that goes on after `step` updates will write again, or half a line."""
-        self.file = open(path, "a+b", buffering=0)
-        self.file.seek(0)
-        keep, self.seconds = 0, 0.0  # bytes; time in the lines before
-        for line in self.file.read().splitlines(keepends=True):
-            try:
-                values = json.loads(line if line.endswith(b"\n") else b"")
-                if values["step"] > step or step == 0:
-                    break
-                self.seconds = float(values["seconds"])
-            except (ValueError, KeyError, TypeError):  # not whole
-                break
-            keep += len(line)
-        self.file.truncate(keep)
-
-    def append(self, values: dict):
-        line = json.dumps(values).encode() + b"\n"
-        end = self.file.seek(0, os.SEEK_END)
-        try:
-            if self.file.write(line) < len(line):
-                raise OSError("the disk is full")
-        except OSError as error:
-            self.file.truncate(end)
-            say(f"{self.file.name} lacks the line of step {values['step']:,}: {error}")
-
-    def flush(self):
-        os.fsync(self.file.fileno())
-
-
-class Stop:
-    """Waits for Ctrl-C or SIGTERM: the first is kept in `signal`, a second ends the program.
-
-    What a terminal sends to all processes torchrun passes on to each, so there a second one counts
-    only some seconds later.
-    """
-
-    def __enter__(self):
-        self.signal = None
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self.handle) for number in numbers}
-        return self
-
-    def handle(self, number, frame):
-        if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
-            with contextlib.suppress(OSError):  # print may not be called here
-                os.write(1, b"stopping after this update; a second time stops at once\n")
-        elif time.monotonic() > self.since + 5:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        if not dist.is_initialized():
-            for each in self.before:
-                signal.signal(each, signal.SIG_DFL)
-
-    def agreed(self) -> int:
-        """The signal that any of the processes has got, the same for all; 0 if none has."""
-        return int(all_reduce(torch.tensor(self.signal or 0), dist.ReduceOp.MAX))
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def compiled(gpt: GPT, config: TrainConfig, device: torch.device, autocast) -> torch.nn.Module:
-    """The model as torch.compile makes it, if wanted; as it is where there is no compiler."""
-    if config.compile is False or (config.compile is None and device.type != "cuda"):
-        return gpt
-    model = torch.compile(gpt, dynamic=False)
-    B = min(config.micro_batch_size, config.batch_size // processes())
-    idx = torch.zeros(B, config.context_length, dtype=torch.int64)
-    started, reason = time.perf_counter(), ""
+def start_wandb(config: TrainConfig):
+    """Start a Weights & Biases run; WANDB_MODE=offline keeps it on this machine."""
     try:
-        with autocast:
-            loss = model(idx.to(device), idx.to(device))
-        if processes() == 1:
-            loss.backward()
-    except Exception as error:  # of as many kinds as there are ways to lack a compiler
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-    if any(reasons := gather(reason)):  # in one process: then none is
-        say(f"not compiled, training is slower for it: {next(filter(None, reasons))}")
-        gpt.zero_grad()
-        return gpt
-    if processes() > 1:  # which all have to begin
-        loss.backward()
-    gpt.zero_grad()
-    say(f"compiled in {duration(time.perf_counter() - started)}")
-    return model
+        import wandb
+    except ImportError:
+        raise UserError("--wandb needs the package wandb (pip install wandb)") from None
+    return wandb.init(project="gpt", config=asdict(config), dir=config.out_dir)
 
 
-def precision(config: TrainConfig):
-    """Device, dtype of the matrix products, and the autocast and gradient scaler that they need.
+# --- Devices and processes ------------------------------------------------------------------------
 
-    On a CPU it has freed memory used again, too. Raises ValueError if the device is not there.
-    """
-    device, dtype = choose_device(config.device, config.dtype)
-    if device.type == "cpu":
-        reuse_memory()
-    mixed = dtype != torch.float32
-    autocast = torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return device, dtype, autocast, scaler
+RENDEZVOUS = timedelta(minutes=5)  # how long ranks wait for one another at the start
 
-
-def reuse_memory():
-    """Have memory that is freed used again, where it otherwise goes back to the system.
-
-    Getting it back, zeroed, for the tensors of the next step was mostly a sixth to a third of a
-    step on two cores. In return this process keeps the most that it ever took. The names are those
-    of glibc's mallopt(3); other systems' C libraries have no such thing.
-    """
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    with contextlib.suppress(AttributeError, TypeError, OSError):
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)  # large tensors are parts of the heap, as small ones are
-        mallopt(M_TRIM_THRESHOLD, -1)  # and its end is never cut off
-
-
-def set_lr(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig):
-    """Let every group have its share of the learning rate."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, config) * group["share"]
-
-
-class Muon(torch.optim.Muon):
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), beside PyTorch's.
-
-    Its products are in `dtype`; theirs in bfloat16, which many CPUs are slow at. Queries, keys and
-    values are matrices of their own. And as the mean gradient changes little from one update to the
-    next, each matrix has its turn in one of `interval` updates alone, with a step as many times as
-    long: where batches are small, this optimizer would cost as much as the gradients. Processes
-    share the work, a matrix each.
-    """
-
-    def __init__(self, params, dtype: torch.dtype, interval: int = 1, **settings):
-        super().__init__(params, **settings)
-        self.dtype, self.interval = dtype, interval
-        self.number = 0  # of the update
-        self.found_inf = torch.tensor(0.0)  # 1 where it is to do nothing
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            lr, momentum = group["lr"] * (1 - self.found_inf) * self.interval, group["momentum"]
-            turn, by_shape = [], {}  # matrices of one shape go through together
-            for index, p in enumerate(group["params"]):
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                mean = state["momentum_buffer"]
-                grad = torch.where(self.found_inf > 0, mean, p.grad)
-                mean.lerp_(grad, 1 - momentum)
-                if (self.number + index) % self.interval == 0:
-                    if len(turn) % processes() == rank():
-                        update = grad.lerp(mean, momentum)  # Nesterov's
-                        by_shape.setdefault(p.shape, []).append((p, update))
-                    turn.append(p)
-            for (rows, columns), pairs in by_shape.items():
-                params, updates = zip(*pairs)
-                shape = (-1, columns, columns) if rows == 3 * columns else (-1, rows, columns)
-                updates = torch.stack(updates).view(shape)
-                updates = orthogonal(updates, self.dtype, group["ns_steps"])
-                for p, update in zip(params, updates.view(-1, rows, columns)):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.sub_(lr * math.sqrt(max(1, shape[1] / columns)) * update)
-            if processes() > 1:
-                for index, p in enumerate(turn):
-                    dist.broadcast(p, index % processes())
-
-
-def orthogonal(x: torch.Tensor, dtype: torch.dtype, steps: int = 5) -> torch.Tensor:
-    """The orthogonal matrices nearest to `x` (..., M, N), in `dtype`: singular values 0.7 to 1.2.
-
-    Newton and Schulz's iteration, as in Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
-    """
-    x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-20)).to(dtype)
-    if tall := x.shape[-2] > x.shape[-1]:
-        x = x.mT
-    for _ in range(steps):
-        A = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * A + 2.0315 * A @ A) @ x
-    return x.mT if tall else x
-
-
-def make_optimizers(gpt: GPT, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters; or for some, and Muon for the matrices of the blocks.
-
-    The rate of a group is `share` times what `get_lr` says.
-    """
-    adamw = dict(betas=(config.beta1, config.beta2), fused=True)
-    if config.optimizer == "adamw":
-        groups = [group | {"share": 1.0} for group in gpt.optimizer_groups(config.weight_decay)]
-        return [torch.optim.AdamW(groups, config.learning_rate, **adamw)]
-    matrices = [p for p in gpt.transformer.h.parameters() if p.dim() == 2]
-    head = [] if config.tie_weights else [gpt.lm_head.weight]
-    known = {id(p) for p in matrices + head}
-    others = [p for p in gpt.parameters() if id(p) not in known]
-    rates = (
-        (others, config.embedding_learning_rate),
-        (head, config.head_learning_rate * 128 / config.n_embd),
-    )
-    groups = [
-        dict(params=params, weight_decay=0.0, share=rate / (config.learning_rate or 1))
-        for params, rate in rates
-        if params
-    ]
-    muon = Muon(
-        [dict(params=matrices, share=1.0)],
-        choose_device(config.device, config.dtype)[1],
-        config.muon_interval,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
-    return [torch.optim.AdamW(groups, **adamw), muon]
-
-
-# What each optimizer remembers of a parameter.
-OPTIMIZER_STATE = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
-
-
-def optimizer_state(gpt: GPT, optimizers: list) -> dict[str, dict]:
-    """What the optimizers remember of each parameter, by its name."""
-    states = {p: state for optimizer in optimizers for p, state in optimizer.state.items()}
-    return {name: whole(states[p]) for name, p in gpt.named_parameters() if p in states}
-
-
-def load_optimizer_state(gpt: GPT, optimizers: list, saved: dict, step: int):
-    """Put back what `optimizer_state` gave. Raises ValueError where it does not fit."""
-    owner = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
-    for name, p in gpt.named_parameters():
-        state = saved.get(name, {})
-        kind = type(owner[p]).__name__
-        wanted = OPTIMIZER_STATE[kind] if step else set()
-        if not isinstance(state, dict) or not wanted <= state.keys():
-            raise ValueError(f"{kind}'s state of {name} is missing")
-        for key, value in state.items():
-            shape = torch.Size() if key == "step" else p.shape
-            if not isinstance(value, torch.Tensor) or value.shape != shape:
-                raise ValueError(f"{kind}'s {key} of {name} does not fit it")
-            value = value.to(p.device, torch.float32)
-            state[key] = value if key == "step" else part(value, p)
-        owner[p].state[p] = state
-
-
-def update(model, optimizers, scaler, autocast, batch, config, step):
-    """One step of gradient descent on `batch` (inputs, targets).
-
-    Returns its loss, the norm of its gradient, and whether it was skipped, each a scalar tensor.
-    The batch goes through in micro batches, whose gradients add up to those of the whole. Of
-    several processes each has its share of the batch, and gradients and loss are their mean. Where
-    loss or norm is not finite, weights and optimizers stay as they are.
-    """
-    batch_loss = 0.0
-    micro_batches = list(zip(*(tensor.split(config.micro_batch_size) for tensor in batch)))
-    for micro_step, (x, y) in enumerate(micro_batches):
-        set_rng(config.seed, step, micro_step, rank())
-        synchronize(model, micro_step == len(micro_batches) - 1)
-        with autocast:
-            loss = model(x, y)  # forward pass and loss
-        loss = loss * (len(x) / len(batch[0]))
-        scaler.scale(loss).backward()  # backward pass
-        batch_loss += loss.detach()
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)
-    batch_loss = all_reduce(batch_loss) / processes()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
-    norm = norm.full_tensor() if is_sharded(norm) else norm
-    skipped = (~(batch_loss + norm).isfinite()).float()
-    for optimizer in optimizers:
-        # They do nothing where this is 1, and nobody waits for the device to know.
-        optimizer.found_inf, optimizer.number = skipped, step
-        optimizer.step()  # update
-        optimizer.zero_grad()
-    scaler.update()
-    return batch_loss, norm, skipped
-
-
-# bfloat16 or float16 FLOP/s of a card without sparsity, as NVIDIA's data sheets say.
+# bfloat16 or float16 FLOP/s of a card without sparsity, from NVIDIA's data sheets.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12}
 PEAK_FLOPS |= {"H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 PEAK_FLOPS |= {"V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 def peak_flops(card: str) -> float | None:
-    """Peak FLOP/s of the GPU that PyTorch calls `card`; None for one that is not in the table."""
+    """Return the peak FLOP/s of the GPU that PyTorch calls `card`; None for unknown cards."""
     names = (name for name in PEAK_FLOPS if re.search(rf"\b{name}\b(?!.*Laptop)", card))
     return PEAK_FLOPS.get(next(names, ""))
 
 
-class Run:
-    """A model in training: where it stands, what it reports, what it saves."""
-
-    def __init__(self, config: TrainConfig):
-        gpt = first_model(config)
-        saved, resumes = {} if gpt is None else gpt.checkpoint, config.init_from == "resume"
-        self.config = config
-        self.splits, self.meta = open_dataset(config, saved.get("tokenizer"))
-        self.dataset = " ".join(self.meta[f"{split}_fingerprint"] for split in self.splits)
-        path = f"{config.out_dir}/model.ckpt"
-        if resumes and saved["dataset"] != self.dataset:
-            raise UserError(f"data/{config.dataset} is not what {path} was trained on")
-        seen = {f"data/{config.dataset}": self.dataset}
-        check_same(asdict(config) | seen | {f"{path} at step": saved.get("step")})
-        with user_errors():
-            self.device, self.dtype, self.autocast, self.scaler = precision(config)
-        check_parallel(config, self.device)
-        if gpt is None:
-            check_memory(config, self.device)
-            torch.manual_seed(config.seed)
-            gpt = GPT(GPTConfig(**config.model_args()))
-        self.gpt = gpt.train()
-        self.gpt.checkpoint, self.gpt.recompute = None, config.recompute
-        model = distribute(gpt, config, self.device, self.dtype)
-        self.optimizers = make_optimizers(gpt, config)
-        self.step, self.best_val_loss = 0, math.inf
-        if resumes:
-            try:
-                load_optimizer_state(gpt, self.optimizers, saved["optimizer"], saved["step"])
-                if saved["scaler"] and self.scaler.is_enabled():
-                    self.scaler.load_state_dict(saved["scaler"])
-            except (ValueError, KeyError) as error:
-                raise UserError(f"{path} cannot be resumed: {error}") from error
-            self.step, self.best_val_loss = saved["step"], saved["best_val_loss"]
-        self.prompt = self.read_prompt()
-        self.out_dir = Path(config.out_dir)
-        self.wandb = self.metrics = None  # are the first process's
-        if rank() == 0:
-            self.open_files(resumes)
-        self.describe()
-        self.model = compiled(model, config, self.device, self.autocast)
-        self.first_step = self.saved_step = self.logged_step = self.step
-        self.started = self.logged_at = time.perf_counter()
-        self.next_batch = None
-        self.spent = Counter()  # seconds that were not training
-        # Skipped updates since the last report, in a row until now, and the most in a row.
-        self.skipped = torch.zeros(3, device=self.device)
-
-    def open_files(self, resumes: bool):
-        """Where the run's files go."""
-        with user_errors():
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.wandb = start_wandb(self.config) if self.config.wandb else None
-        with user_errors():
-            if not resumes:
-                keep_old(self.out_dir)
-            self.metrics = Metrics(self.out_dir / "metrics.jsonl", self.step)
-
-    def read_prompt(self) -> list[int]:
-        """Token ids of the prompt for samples; none where there are to be no samples."""
-        if not self.config.sample_prompt:
-            return []
-        self.tokenizer = prepare.get_tokenizer(self.meta["tokenizer"])
-        ids = self.tokenizer.encode(self.config.sample_prompt, disallowed_special=())
-        if max(ids) < self.config.vocab_size:
-            return ids
-        say(f"no samples: {self.config.sample_prompt!r} is outside the vocabulary")
-        return []
-
-    def describe(self):
-        """The first lines: data, model, device, and what the run amounts to."""
-        config, meta = self.config, self.meta
-        train, val = len(self.splits["train"]), len(self.splits["val"])
-        self.tokens_per_update = config.batch_size * config.context_length
-        epochs = config.max_iters * self.tokens_per_update / train
-        say(
-            f"data    {config.dataset}: {meta['source']}\n"
-            f"        {train:,} tokens to train on, {val:,} to validate with "
-            f"({meta['tokenizer']})\n"
-            f"model   {self.gpt.num_parameters():,} parameters: {config.n_layer} layers, "
-            f"{config.n_embd} channels, {config.n_head} heads, context {config.context_length:,}\n"
-            f"device  {self.device}, matrix products in {str(self.dtype).removeprefix('torch.')}"
-            f"{f', {processes()} processes ({config.parallel})' if dist.is_initialized() else ''}\n"
-            f"run     {config.max_iters:,} updates of {self.tokens_per_update:,} tokens, "
-            f"{epochs:.3g} epochs{f'; going on after {self.step:,}' if self.step else ''}"
-        )
-        if self.step >= config.max_iters:
-            say(f"all {self.step:,} updates are done; a larger --max_iters goes on from here")
-
-    def get_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The batch of the update to come, on its way to the device."""
-        config = self.config
-        batch = get_batch(
-            self.splits["train"],
-            self.step,
-            batch_size=config.batch_size,
-            context_length=config.context_length,
-            seed=config.seed,
-            shift_windows=config.shift_windows,
-            rank=rank(),
-            processes=processes(),
-        )
-        check_ids(torch.maximum(*batch), config)
-        if self.device.type == "cuda":  # only pinned memory is copied while the GPU computes
-            batch = [tokens.pin_memory() for tokens in batch]
-        return tuple(tokens.to(self.device, non_blocking=True) for tokens in batch)
-
-    def update(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Update number `step`; its loss and gradient norm."""
-        batch = self.next_batch or self.get_batch()
-        set_lr(self.optimizers, self.step, self.config)
-        how = (self.model, self.optimizers, self.scaler, self.autocast)
-        loss, norm, skipped = update(*how, batch, self.config, self.step)
-        self.step += 1
-        self.next_batch = None
-        if self.device.type == "cuda" and self.step < self.config.max_iters:
-            self.next_batch = self.get_batch()  # while the GPU is at work on this one
-        since, in_a_row, most = self.skipped
-        in_a_row = (in_a_row + 1) * skipped
-        self.skipped = torch.stack((since + skipped, in_a_row, torch.maximum(most, in_a_row)))
-        return loss, norm
-
-    def check_skipped(self):
-        """Report skipped updates, and end a run that consists of them."""
-        since, _, most = map(int, self.skipped.tolist())
-        self.skipped[0] = 0
-        if since:
-            say(f"skipped {since:,} of the updates: their loss or gradient is not finite")
-        if most >= self.config.max_skipped:
-            at = self.saved_step
-            left = f"model.ckpt is of step {at:,}" if at else "there is no checkpoint"
-            raise SystemExit(
-                f"stopped: {most:,} updates in a row had no finite loss or gradient; {left}; "
-                "lower --learning_rate"
-            )
-
-    def record(self, **values):
-        """Add a line to metrics.jsonl."""
-        if self.metrics is None:
-            return
-        values = {x: value if math.isfinite(value) else None for x, value in values.items()}
-        seconds = self.metrics.seconds + time.perf_counter() - self.started
-        line = {"step": self.step, "seconds": round(seconds, 3)} | values
-        self.metrics.append(line)
-        if self.wandb is not None:
-            self.wandb.log(line, step=self.step)
-
-    @contextlib.contextmanager
-    def spending(self, what: str):
-        """Time on something that is not training, and does not count as tokens per second."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # updates under way are training
-        started = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - started
-        self.spent[what] += seconds
-        self.logged_at += seconds
-
-    def log(self, loss: torch.Tensor, norm: torch.Tensor):
-        loss, norm = float(loss), float(norm)  # waits for the device
-        lr, now = get_lr(self.step - 1, self.config), time.perf_counter()
-        updates, seconds = self.step - self.logged_step, now - self.logged_at
-        rate = updates * self.tokens_per_update / seconds
-        left = (self.config.max_iters - self.step) * seconds / updates
-        self.logged_step, self.logged_at = self.step, now
-        self.record(loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
-        say(
-            f"{self.step_name()}  loss {loss:.4f}  lr {lr:.2e}  gradient norm {norm:.2f}"
-            f"  {rate:,.0f} tokens/s{self.utilization(rate)}  {duration(left)} left"
-        )
-        self.check_skipped()
-
-    def step_name(self) -> str:
-        return f"step {self.step:>{len(str(self.config.max_iters))}}"
-
-    def utilization(self, rate: float) -> str:
-        """The share of its peak that a known GPU reaches at `rate` tokens per second (MFU)."""
-        if self.device.type != "cuda" or self.dtype == torch.float32:
-            return ""
-        peak = peak_flops(torch.cuda.get_device_name(self.device))
-        if peak is None:
-            return ""
-        return f"  MFU {rate * self.gpt.flops_per_token() / peak / processes():.0%}"
-
-    def evaluate(self):
-        with self.spending("evaluation"):
-            losses = estimate_loss(self.model, self.splits, self.config, self.device, self.autocast)
-        train_loss, val_loss = losses["train"], losses["val"]
-        perplexity = math.exp(min(val_loss, 700))
-        self.record(train_loss=train_loss, val_loss=val_loss, val_perplexity=perplexity)
-        say(
-            f"{self.step_name()}  training loss {train_loss:.4f}  validation loss {val_loss:.4f}"
-            f"  perplexity {perplexity:,.2f}"
-        )
-        sharded = self.config.parallel == "fsdp"
-        if self.prompt and (rank() == 0 or sharded):  # of a sharded model all are needed
-            autocast = self.autocast if sharded else contextlib.nullcontext()
-            with self.spending("samples"), autocast:
-                gpt = self.gpt
-                if self.device.type == "cpu" and not sharded:  # a copy that writes faster
-                    gpt = copy.deepcopy(gpt).to(self.dtype).pack()
-                idx = torch.tensor([self.prompt], device=self.device)
-                idx = gpt.generate(idx, 40, temperature=0, use_cache=not sharded)
-            say("      " + " ".join(prepare.decode(self.tokenizer, idx[0].tolist()).split()))
-        if sharded:
-            self.gpt.reshard()  # which otherwise a backward pass does
-        if val_loss < self.best_val_loss:
-            before, self.best_val_loss = self.best_val_loss, val_loss
-            if self.config.save_best and self.step > 0:
-                with self.spending("saving"):
-                    if not on_first(save_checkpoint, self.out_dir / "best.ckpt", self.contents()):
-                        self.best_val_loss = before  # the next good one is saved, then
-
-    def contents(self) -> dict:
-        """What a checkpoint holds, but for what only resuming needs."""
-        return {
-            "model": whole(self.gpt.state_dict(keep_vars=True)),
-            "model_args": asdict(self.gpt.config),
-            "config": asdict(self.config),
-            "tokenizer": self.meta["tokenizer"],
-            "step": self.step,
-            "best_val_loss": self.best_val_loss,
-        }
-
-    def save(self, last: bool = False) -> bool:
-        """Write model.ckpt, unless it is of this step; False if it could not be."""
-        if self.saved_step == self.step > 0:
-            return True
-        path = self.out_dir / "model.ckpt"
-        if (in_a_row := int(self.skipped[1])) > 1:  # of one alone nothing follows
-            if not last:
-                say(f"{path.as_posix()} not saved: the last {in_a_row:,} updates were skipped")
-                return False
-            # The weights that they follow may be the ones to blame.
-            if rank() == 0 and path.exists():
-                now = path.name + set_aside(self.out_dir, path.name)
-                say(f"the last {in_a_row:,} updates were skipped; {now} is of before them")
-        contents = self.contents() | {
-            "optimizer": optimizer_state(self.gpt, self.optimizers),
-            "scaler": self.scaler.state_dict(),
-            "dataset": self.dataset,
-            "job": os.environ.get("TORCHELASTIC_RUN_ID"),
-        }
-        with self.spending("saving"):
-            with contextlib.suppress(OSError, AttributeError):
-                self.metrics.flush()  # a checkpoint never knows more than metrics.jsonl
-            saved = on_first(save_checkpoint, path, contents)
-        self.saved_step = self.step if saved else self.saved_step
-        return saved
-
-    def finish(self):
-        """The picture, and where the time went."""
-        with self.spending("drawing"):
-            try:
-                if rank() == 0:
-                    plot(self.out_dir, self.config)
-            except Exception as error:  # whatever it is, the run is worth more than its picture
-                say(f"no loss.png: {error}")
-        self.check_skipped()
-        total = time.perf_counter() - self.started
-        shares = {"training": total - self.spent.total()} | self.spent
-        listed = ", ".join(f"{what} {seconds / total:.0%}" for what, seconds in shares.items())
-        say(f"{self.step - self.first_step:,} updates in {duration(total)}: {listed}")
-
-
-@together()
-def main(argv: list[str]):
-    config = parse(TrainConfig, argv)
-    if config.plan:
-        return plan(config)
-    resume = "" if config.init_from == "resume" else " --init_from resume"
-    resume_after_restart(config)
-    training = Run(config)
-    with Stop() as stop:
-        if training.step == 0:
-            training.evaluate()
-        while training.step < config.max_iters and not stop.agreed():
-            loss, norm = training.update()
-            if training.step % config.log_interval == 0:
-                training.log(loss, norm)
-            if training.step % config.eval_interval == 0 or training.step == config.max_iters:
-                training.evaluate()
-            if training.step % config.checkpoint_interval == 0 and training.step < config.max_iters:
-                training.save()
-        saved = training.save(last=True)
-        training.finish()
-        stopped = stop.agreed()
-    if stopped and saved:
-        launcher = f"torchrun --nproc_per_node={processes()}" if dist.is_initialized() else "python"
-        say(f"to go on: {launcher} train.py {shlex.join(argv)}{resume}")
-    gather(None)  # torchrun ends all processes at the first one's exit code
-    if stopped or not saved:
-        sys.exit(128 + stopped if saved else 1)
-
-
-# Parts of a model by what stands in the names of their parameters.
-PARTS = {"wte": "token embedding", "wpe": "positions", ".attn.": "attention", ".mlp.": "MLP"}
-PARTS |= {"ln_": "norms", "lm_head": "output head"}
-
-
-def in_memory(numbers: int, itemsize: int = 4) -> int:
-    """Bytes that a tensor takes: large ones are in pages of 2 MiB, on a GPU as well."""
-    size, page = numbers * itemsize, 2**21
-    return size if size < page else -(-size // page) * page
-
-
-def count_activations(config: TrainConfig, B: int, autocast, recompute: bool) -> int:
-    """Bytes that a forward pass of B sequences keeps for the backward pass.
-
-    Counted by making that pass with tensors that have no contents.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # which training does not need
-
-    kept = {}
-
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage()._cdata] = x.untyped_storage()
-        return x
-
-    with FakeTensorMode():
-        gpt = GPT(GPTConfig(**config.model_args())).train()
-        gpt.recompute = recompute
-        idx = torch.zeros(B, config.context_length, dtype=torch.int64)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), autocast:
-            loss = gpt(idx, idx)  # noqa: F841  (what it came from lives as long as it does)
-        for p in gpt.parameters():
-            kept.pop(p.untyped_storage()._cdata, None)
-        return sum(in_memory(storage.nbytes(), 1) for storage in kept.values())
-
-
-def plan(config: TrainConfig):
-    """Print what a run would take. Nothing of its size is computed or held in memory.
-
-    At its highest, memory holds weights and moments, and either all gradients or, before there are
-    any but the output head's, the activations with the logits and their gradient.
-    """
-    if config.init_from != "scratch":
-        raise UserError(f"--plan is of models from scratch, not --init_from {config.init_from}")
+def get_precision(config: TrainConfig):
+    """Return the device, the dtype of matrix products, their autocast, and a gradient scaler."""
     with user_errors():
-        _, dtype, autocast, _ = precision(config)
-    if config.vocab_size is None:
-        config.vocab_size = prepare.read_meta(Path("data") / config.dataset)["vocab_size"]
-    with torch.device("meta"):
-        gpt = GPT(GPTConfig(**config.model_args()))
-    parts, total = Counter(), gpt.num_parameters()
-    for name, p in gpt.named_parameters():
-        parts[next(part for key, part in PARTS.items() if key in name)] += p.numel()
-    states = [
-        (p, len(OPTIMIZER_STATE[type(optimizer).__name__] - {"step"}))
-        for optimizer in make_optimizers(gpt, config)
-        for group in optimizer.param_groups
-        for p in group["params"]
-    ]
-    moments = sum(in_memory(p.numel()) * count for p, count in states)
-    file = sum(4 * p.numel() * (1 + count) for p, count in states)
-    weights = sum(in_memory(p.numel()) for p in gpt.parameters())
-    tokens = config.max_iters * config.batch_size * config.context_length
-    print(f"model       {total:,} parameters: " + ", ".join(f"{x} {parts[x]:,}" for x in parts))
-    flops = gpt.flops_per_token()
-    print(f"compute     {flops / 1e9:,.3g} GFLOP per token, {flops * tokens:.2e} FLOP in all")
-    print(f"tokens      {tokens:,}; 20 per parameter are {20 * total:,} (Hoffmann et al. 2022)")
-    print(f"checkpoint  {file / 1e9:,.4g} GB")
-    print(
-        f"\nGB per process, with up to {config.micro_batch_size} sequences at a time, products in "
-        f"{str(dtype).removeprefix('torch.')}\n"
-        "(for a GPU add --dtype bfloat16), large tensors in pages of 2 MiB:\n"
-        "processes  parallel  weights  gradients  optimizer  activations   peak  with --recompute"
+        device, dtype = choose_device(config.device, config.dtype)
+    if device.type == "cpu":
+        reuse_memory()
+    autocast = torch.autocast(
+        device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
     )
-    root = sum(p.numel() for name, p in gpt.named_parameters() if ".h." not in name)
-    block = (total - root) // config.n_layer
-    count_once = functools.cache(lambda B, again: count_activations(config, B, autocast, again))
-    rows = {("ddp", 1), ("ddp", 8), ("fsdp", 8), ("fsdp", 32)}
-    if processes() > 1:
-        rows.add((config.parallel, processes()))
-    for parallel, count in sorted(rows):
-        share, rest = divmod(config.batch_size, count)
-        if rest or (parallel == "fsdp" and config.optimizer == "muon"):
-            why = f"they cannot share {config.batch_size} sequences" if rest else "not with Muon"
-            print(f"{count:9,}  {parallel:8}  {why}")
-            continue
-        B = min(config.micro_batch_size, share)
-        cut = count if parallel == "fsdp" else 1
-        sizes = weights / cut, weights / cut, moments / cut  # gradients are like weights
-        together = 4 * root + 2 * dtype.itemsize * block if cut > 1 else 0  # while it is in use
-        logits = 2 * in_memory(B * config.context_length * config.vocab_size)
-        head = in_memory(config.n_embd * config.vocab_size)
-        held = weights if B < share else 0  # gradients of the micro batches before, whole
-        peaks = []
-        for recompute in (False, True):
-            activations = count_once(B, recompute)
-            most = max(sizes[1], held + activations + logits) + head
-            peaks.append((activations, most + sizes[0] + sizes[2] + together))
-        row = zip((9, 11, 11, 13, 7, 18), (*sizes, *peaks[0], peaks[1][1]))
-        print(f"{count:9,}  {parallel:8}" + "".join(f"{x / 1e9:{width},.2f}" for width, x in row))
-    print("\nat 40 % of the card's peak (MFU):")
-    for card, count in (("RTX 4090", 1), ("A100", 1), ("H100", 1), ("H100", 8), ("H100", 64)):
-        rate = 0.4 * PEAK_FLOPS[card] * count / flops
-        left = duration(tokens / rate)
-        print(f"  {count:2} x {card:8}  {rate:12,.0f} tokens/s  {left}")
+    return (
+        device,
+        dtype,
+        autocast,
+        torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+    )
 
 
-def start_wandb(config: TrainConfig):
-    """A Weights & Biases run; WANDB_MODE=offline keeps it on this machine."""
+def reuse_memory():
+    """Keep freed memory in the process for the next step, instead of returning it to the system.
+
+    Mapping and zeroing it again took a sixth to a third of a step on two cores. The names are from
+    glibc's mallopt(3); other C libraries have no such function.
+    """
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    with contextlib.suppress(AttributeError, TypeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_MAX, 0)  # large tensors are part of the heap, as small ones are
+        mallopt(M_TRIM_THRESHOLD, -1)  # the end of the heap is never returned
+
+
+def create_model(config: TrainConfig, device: torch.device) -> GPT:
+    """Return a new model. Raises UserError, before it is built, if it cannot fit in memory."""
+    if device.type == "cuda":
+        ranks, memory = 1, torch.cuda.get_device_properties(device).total_memory
+    else:
+        ranks, memory = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), physical_memory()
+    needed, parameters = ranks * count_bytes(config)[1], count_parameters(config)[0]
+    if needed > memory:
+        takes = f"a model of {parameters:,} parameters takes {needed / 1e9:,.0f} GB to train"
+        raise UserError(f"{takes}; here are {memory / 1e9:,.0f} GB")
+    torch.manual_seed(config.seed)
+    return GPT(GPTConfig(**config.model_args())).train()
+
+
+def count_bytes(config: TrainConfig) -> tuple[int, int]:
+    """Return the bytes of a checkpoint, and of weights, gradients and optimizer in each rank."""
+    weights = 4 * count_parameters(config)[0]
+    moments = 2 * weights
+    if config.optimizer == "muon":  # one moment for the blocks' matrices, AdamW has two
+        moments -= 4 * 12 * config.n_layer * config.n_embd**2
+    shards = get_world_size() if config.parallel == "fsdp" else 1
+    return weights + moments, (2 * weights + moments) // shards
+
+
+def physical_memory() -> float:
+    """Return the bytes of memory of this machine, or of its container if that has a limit."""
+    limits = [math.inf]
+    with contextlib.suppress(AttributeError):  # on Windows
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file; no limit ("max")
+            limits.append(int(Path(path).read_text()))
+    return min(limits)
+
+
+def compile_model(model, split, config: TrainConfig, device: torch.device, autocast):
+    """Return the model compiled for updates, or `model` itself if it does not compile.
+
+    Each rank tries the forward and backward pass of real micro batches without averaging gradients;
+    all ranks use the compiled model, or none does.
+    """
+    if config.compile is False or (config.compile is None and device.type != "cuda"):
+        return model
+    compiled, reason, started = torch.compile(model, dynamic=False), "", time.perf_counter()
+    x, y = get_batch(split, 0, config, device, get_rank(), get_world_size())
+    size = micro_batch_size(config)
+    set_grad_sync(model, False)
     try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs the package wandb (pip install wandb)") from None
-    return wandb.init(project="gpt", config=asdict(config), dir=config.out_dir)
+        for i in (0, -1):  # the last micro batch may be smaller
+            with autocast:
+                loss = compiled(x.split(size)[i], y.split(size)[i])
+            (0 * loss).backward()  # zeros: FSDP keeps gradients that are not yet averaged
+    except Exception as error:  # there are many ways to lack a compiler
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if config.parallel == "fsdp":  # the other ranks wait for shards of this one
+            raise UserError(f"cannot compile: {reason}; use --compile false") from error
+    model.zero_grad()
+    if any(reasons := all_gather(reason)):
+        print0(f"not compiled, training is slower: {next(filter(None, reasons))}")
+        return model
+    print0(f"compiled in {time.perf_counter() - started:.0f} s")
+    return compiled
+
+
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(x: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """Return the sum, or another reduction, of `x` over all ranks; in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x, op)
+    return x
+
+
+def all_gather(x) -> list:
+    """Return the small object `x` of every rank, in the order of ranks."""
+    found = [x] * get_world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(found, x)
+    return found
+
+
+def any_rank(signals: list[int]) -> int:
+    """Return a signal that some rank has received, the same in all ranks; 0 if there is none."""
+    return int(all_reduce(torch.tensor(max(signals, default=0)), dist.ReduceOp.MAX))
+
+
+def catch_signals() -> list[int]:
+    """Return a list that receives SIGINT and SIGTERM; a second signal ends the program.
+
+    Under torchrun it does not: torchrun passes on to all ranks what the terminal sends them, too.
+    """
+    received, signals = [], (signal.SIGINT, signal.SIGTERM)
+
+    def handle(number, frame):
+        received.append(number)
+        with contextlib.suppress(OSError):  # print is not allowed here
+            os.write(1, b"stopping after this update; a second signal stops at once\n")
+        for each in signals if not dist.is_initialized() else ():
+            signal.signal(each, signal.SIG_DFL)
+
+    for number in signals:
+        signal.signal(number, handle)
+    return received
+
+
+@contextlib.contextmanager
+def process_group():
+    """Join the ranks that torchrun started, if it did, and yield the id of the run.
+
+    The id is random, made once per launch, and survives restarts in the store of torchrun's agent.
+    """
+    if "RANK" not in os.environ:
+        yield secrets.token_hex(8)
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=RENDEZVOUS))
+        run_id = store.compare_set("run_id", "", secrets.token_hex(8)).decode()
+        if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # several machines: see config/gpt2.py
+            # The agent's store has addresses from before a restart (pytorch/pytorch#135712).
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store is new, too
+            run_id = os.environ.get("TORCHELASTIC_RUN_ID", run_id)
+        store.set(f"here {rank}", "")
+        store.wait([f"here {each}" for each in range(world_size)], RENDEZVOUS)
+        dist.init_process_group(store=store, rank=rank, world_size=world_size)
+    except (RuntimeError, ValueError) as error:
+        who = (
+            "process {RANK} of {WORLD_SIZE} did not meet the others at {MASTER_ADDR}:{MASTER_PORT}"
+        )
+        advice = "were all started with the same address, and does a firewall let them through?"
+        raise UserError(f"{who.format_map(os.environ)}: {advice} ({error})") from error
+    try:
+        yield run_id
+    except RuntimeError as error:
+        if re.search("gloo|nccl", str(error), re.IGNORECASE):
+            raise UserError(f"lost the other processes: {str(error).splitlines()[0]}") from error
+        raise
+    all_gather(None)  # torchrun ends all ranks at the first one's exit code
+    dist.destroy_process_group()
+
+
+def check_ranks(config: TrainConfig, meta: dict, saved: dict, device: torch.device):
+    """Raise UserError if ranks differ in settings, data or checkpoint, or cannot share the work."""
+    seen = asdict(config) | {f"data/{config.dataset}": meta["fingerprint"]}
+    seen |= {"the checkpoint's step": saved.get("step")}
+    first, *others = all_gather(seen)
+    for rank, other in enumerate(others, 1):
+        for name in first:
+            if first[name] != other.get(name):
+                values = f"{first[name]!r} in process 0, {other.get(name)!r} in {rank}"
+                raise UserError(f"processes differ in {name}: {values}")
+    ranks, B, reason = get_world_size(), config.batch_size, None
+    gpu = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else get_rank()
+    if len(set(all_gather(str(gpu)))) < ranks:
+        reason = f"{ranks} processes need a GPU each"
+    if ranks > 1 and (device.type not in ("cpu", "cuda") or device.index is not None):
+        reason = f"{ranks} processes cannot share --device {device}: take cpu or cuda"
+    if B % ranks:
+        fits = max(1, B // ranks) * ranks
+        reason = f"{ranks} processes cannot share batch_size {B}: take --batch_size {fits}"
+    if config.parallel == "fsdp" and ranks == 1:
+        start = "torchrun --nproc_per_node=N train.py"
+        reason = f"--parallel fsdp is for several processes: start them with {start}"
+    if reason:
+        raise UserError(reason)
+
+
+def distribute(gpt: GPT, config: TrainConfig, device: torch.device, dtype) -> torch.nn.Module:
+    """Move `gpt` to the device; return a module whose gradients are averaged over all ranks."""
+    gpt.activation_checkpointing = config.activation_checkpointing
+    if not dist.is_initialized():
+        return gpt.to(device)
+    if config.parallel == "fsdp":
+        # Imported here, as a single process would wait a second for them.
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        # FSDP warns that a module's output is a view; nothing here modifies it in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        mesh = init_device_mesh(device.type, (get_world_size(),))
+        # Matrices are gathered in the dtype of the products; LayerNorms, embeddings and, between
+        # blocks, activations stay in float32, as under autocast.
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
+        for block in gpt.transformer.h:
+            fully_shard([block.attn, block.mlp], mesh=mesh, mp_policy=policy)
+        return fully_shard(gpt, mesh=mesh)
+    model = DistributedDataParallel(gpt.to(device), gradient_as_bucket_view=True)
+    # DDP rebuilds its buckets after the first backward pass, which changes the summation order; one
+    # dummy pass makes the first update of a resumed run match.
+    idx = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    model(idx, idx).backward()
+    model.zero_grad()
+    return model
+
+
+def set_grad_sync(model: torch.nn.Module, sync: bool):
+    """Choose whether the next backward pass averages gradients over ranks or only adds to them."""
+    if hasattr(model, "set_requires_gradient_sync"):  # FSDP
+        model.set_requires_gradient_sync(sync)
+    elif isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = sync  # as its no_sync() does
 
 
 if __name__ == "__main__":

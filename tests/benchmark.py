@@ -34,11 +34,11 @@ from pathlib import Path
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py and sample.py do
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch  # noqa: E402
-
 import prepare  # noqa: E402
 import train  # noqa: E402
 from model import GPT, GPTConfig, choose_device  # noqa: E402
+
+import torch  # noqa: E402
 
 try:
     import transformers

@@ -31,10 +31,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import prepare  # noqa: E402
+
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-
-import prepare  # noqa: E402
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 RUN = ["--n_layer=4", "--n_head=2", "--n_embd=128", "--context_length=32", "--dataset=words"]

@@ -29,11 +29,11 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402  (before torch: it sets the environment)
 
 # isort: split
-import torch  # noqa: E402
-
 import config  # noqa: E402
 import prepare  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
+
+import torch  # noqa: E402
 
 MODERN = str(ROOT / "config/modern.py")
 

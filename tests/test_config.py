@@ -1,14 +1,14 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import config
+import train
+
 import pytest
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import settings as hypothesis
 from hypothesis import strategies as st
-
-import config
-import train
 
 
 @dataclass

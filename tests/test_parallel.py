@@ -11,15 +11,15 @@ import sys
 import time
 from datetime import timedelta
 
+import config
+import prepare
+import train
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, words
 from faults import differences, result
-
-import config
-import prepare
-import train
 
 RUN = [*TINY, "--batch_size=12", "--micro_batch_size=2", "--learning_rate=1e-2"]
 RUN += ["--lr_schedule=constant", "--eval_interval=10", "--eval_iters=3", "--dtype=float32"]

@@ -11,14 +11,14 @@ import sys
 import time
 from types import SimpleNamespace
 
+import config
+import prepare
+
 import numpy as np
 import pytest
 from conftest import ROOT, words
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-
-import config
-import prepare
 
 VERDICT = ROOT / "data" / "verdict" / "input.txt"
 

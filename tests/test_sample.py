@@ -4,12 +4,12 @@ import re
 import subprocess
 import sys
 
+import prepare
+from model import GPT
+
 import pytest
 import torch
 from conftest import ROOT, TINY
-
-import prepare
-from model import GPT
 
 
 @pytest.fixture

@@ -8,6 +8,10 @@ import signal
 import subprocess
 import sys
 
+import prepare
+import train
+from model import GPT, GPTConfig
+
 import numpy as np
 import pytest
 import torch
@@ -15,10 +19,6 @@ from conftest import ROOT, TINY
 from faults import differences
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import prepare
-import train
-from model import GPT, GPTConfig
 
 MODERN = [str(ROOT / "config/modern.py")]
 
