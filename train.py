@@ -15,6 +15,7 @@ draws the same batches. Several processes (ranks) run the same loop, each on its
 
 import contextlib
 import ctypes
+import itertools
 import json
 import math
 import os
@@ -264,13 +265,12 @@ def main(argv: list[str]):
             if step % config.eval_interval == 0 or step == config.max_iters:
                 val_loss = evaluate(gpt, splits, config, autocast, prompt, log, step)
                 if val_loss < best_val_loss:
-                    before, best_val_loss = best_val_loss, val_loss
-                    if config.save_best and not save("best.ckpt"):
-                        best_val_loss = before
+                    best_val_loss = val_loss
+                    if config.save_best:
+                        save("best.ckpt")
             if step % config.checkpoint_interval == 0 and step < config.max_iters:
                 save()
-        saved = save()
-        exit_code = log.finish(step, saved, stopped_by=any_rank(signals))
+        exit_code = log.finish(step, saved=save(), stopped_by=any_rank(signals))
     sys.exit(exit_code)
 
 
@@ -280,9 +280,8 @@ def evaluate(gpt: GPT, splits: dict, config: TrainConfig, autocast, prompt, log,
         losses = estimate_loss(gpt, splits, config, autocast)
     train, val = losses["train"], losses["val"]
     perplexity = math.exp(min(val, 700))  # as uncertain as among so many equally likely tokens
-    log.write(step, train_loss=train, val_loss=val, val_perplexity=perplexity)
-    losses = f"training loss {train:.4f}  validation loss {val:.4f}"
-    log.print_step(step, f"{losses}  perplexity {perplexity:,.2f}")
+    text = f"training loss {train:.4f}  validation loss {val:.4f}  perplexity {perplexity:,.2f}"
+    log.write(step, text, train_loss=train, val_loss=val, val_perplexity=perplexity)
     with log.timed("samples"):
         write_sample(gpt, prompt, log, autocast)
     return val
@@ -505,7 +504,7 @@ def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: di
     model.ckpt holds all that resuming needs, best.ckpt what sampling needs. If several updates in
     a row were skipped, the weights may be the cause: they never replace a good checkpoint.
     """
-    path, resumable, error = log.out_dir / name, name == "model.ckpt", None
+    path, resumable, error = log.out_dir / name, name == "model.ckpt", ""
     if resumable and log.saved_step == state["step"]:
         return True
     if log.skipped > 1 or not all(optimizer.state for optimizer in optimizers):
@@ -526,10 +525,7 @@ def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: di
             try:
                 with atomic_write(path) as file:
                     torch.save(state, file)
-            except (
-                OSError,
-                RuntimeError,
-            ) as caught:  # torch.save turns OSErrors into RuntimeErrors
+            except (OSError, RuntimeError) as caught:  # torch.save wraps OSErrors
                 error = str(caught.__context__ or caught)
         error = all_gather(error)[0]
     if error:
@@ -541,17 +537,16 @@ def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: di
     return True
 
 
-def move_earlier_run(out_dir: Path) -> str:
-    """Move the files of an earlier run into the first new folder out_dir/earlier-N; return it."""
-    number = 1
-    while (folder := out_dir / f"earlier-{number}").exists():
-        number += 1
-    for name in ("loss.png", "metrics.jsonl", "best.ckpt", "model.ckpt"):  # the last one last
-        if (out_dir / name).exists():
-            folder.mkdir(exist_ok=True)
+def move_earlier_run(out_dir: Path):
+    """Move the files of an earlier run into the first new folder out_dir/earlier-N."""
+    names = ("loss.png", "metrics.jsonl", "best.ckpt", "model.ckpt")  # model.ckpt last
+    if found := [name for name in names if (out_dir / name).exists()]:
+        folders = (out_dir / f"earlier-{number}" for number in itertools.count(1))
+        folder = next(folder for folder in folders if not folder.exists())
+        folder.mkdir()
+        for name in found:
             os.replace(out_dir / name, folder / name)
-
-    return folder
+        print0(f"files of an earlier run are now in {folder.as_posix()}/")
 
 
 # --- Logs and the picture -------------------------------------------------------------------------
@@ -587,8 +582,12 @@ class Log:
             self.out_dir.mkdir(parents=True, exist_ok=True)
         self.wandb = start_wandb(config) if config.wandb and get_rank() == 0 else None
 
-    def write(self, step: int, **values: float):
-        """Add a line to metrics.jsonl; before the first update of a new run it waits in memory."""
+    def write(self, step: int, text: str, **values: float):
+        """Print a line, and add one with `values` to metrics.jsonl.
+
+        Lines wait in memory for the first update of a new run.
+        """
+        print0(f"step {step:>{len(str(self.config.max_iters))}}  {text}")
         seconds = round(self.earlier + time.perf_counter() - self.started, 3)
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.lines.append({"step": step, "seconds": seconds} | values)
@@ -596,11 +595,9 @@ class Log:
             self.wandb.log(self.lines[-1], step=step)
         if get_rank() > 0 or self.waiting:
             return
-        path, lines = (
-            self.out_dir / "metrics.jsonl",
-            self.lines[-1:] if self.complete else self.lines,
-        )
+        path = self.out_dir / "metrics.jsonl"
         try:
+            lines = self.lines[-1:] if self.complete else self.lines
             with open(path, "ab") if self.complete else atomic_write(path) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
             self.complete = True
@@ -615,9 +612,6 @@ class Log:
         yield
         self.spent[what] += time.perf_counter() - started
 
-    def print_step(self, step: int, text: str):
-        print0(f"step {step:>{len(str(self.config.max_iters))}}  {text}")
-
     def update(self, step: int, loss: float, lr: float, norm: float):
         """Report an update at its interval, or if it was skipped; stop after `max_skipped` of them.
 
@@ -631,22 +625,19 @@ class Log:
                 with user_errors():
                     move_earlier_run(self.out_dir)
         if self.skipped:
-            self.print_step(step, f"update skipped: loss {loss:.4f}, gradient norm {norm:.2f}")
+            print0(f"step {step:,} skipped: loss {loss:.4f}, gradient norm {norm:.2f}")
         if step % config.log_interval == 0:
             seconds = time.perf_counter() - self.started - self.spent.total()
             pace = (seconds - self.logged) / (step - self.logged_step)  # seconds per update
             self.logged_step, self.logged = step, seconds
             rate = config.batch_size * config.context_length / pace
             left = timedelta(seconds=round((config.max_iters - step) * pace))
-            self.write(step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
-            speed = f"{rate:,.0f} tokens/s{gpu_use(self, rate)}  {left} left"
-            line = f"loss {loss:.4f}  lr {lr:.2e}  gradient norm {norm:.2f}  {speed}"
-            self.print_step(step, line)
+            text = f"loss {loss:.4f}  lr {lr:.2e}  gradient norm {norm:.2f}  {rate:,.0f} tokens/s"
+            text += f"{gpu_use(self, rate)}  {left} left"
+            self.write(step, text, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
         if self.skipped >= config.max_skipped:
-            saved = (
-                f"model.ckpt is of step {self.saved_step:,}" if self.saved_step else "none is saved"
-            )
             reason = f"{self.skipped:,} updates in a row had no finite loss or gradient"
+            saved = f"model.ckpt is of step {self.saved_step:,} (0: there is none)"
             raise SystemExit(f"stopped: {reason}; {saved}; lower --learning_rate")
 
     def finish(self, step: int, saved: bool, stopped_by: int) -> int:
@@ -673,21 +664,19 @@ def describe(config: TrainConfig, splits: dict, meta: dict, log: Log):
     """Print the first lines of a run: data, model, device, and what the run takes."""
     train, val, parameters = len(splits["train"]), len(splits["val"]), count_parameters(config)[0]
     tokens, flops = config.batch_size * config.context_length, flops_per_token(config)
+    epochs, total = config.max_iters * tokens / train, config.max_iters * tokens * flops
     checkpoint, memory = (size / 1e9 for size in count_bytes(config))
     ranks = f", {get_world_size()} processes ({config.parallel})" if dist.is_initialized() else ""
-    going_on = f", going on after {log.first_step:,}" if log.first_step else ""
+    done = f"; going on after {log.first_step:,}" if log.first_step else ""
     shape = f"{config.n_layer} layers, {config.n_embd} channels, {config.n_head} heads"
-    epochs, total = config.max_iters * tokens / train, config.max_iters * tokens * flops
     print0(f"data    {config.dataset}: {meta['source']}")
     print0(f"        {train:,} tokens to train on, {val:,} to validate with ({meta['tokenizer']})")
     print0(f"model   {parameters:,} parameters: {shape}, context {config.context_length:,}")
-    print0(f"memory  {memory:.3g} GB of weights, gradients and optimizer, and activations")
     print0(f"device  {log.device}, matrix products in {str(log.dtype)[6:]}{ranks}")
-    print0(
-        f"run     {config.max_iters:,} updates of {tokens:,} tokens, {epochs:.3g} epochs{going_on}"
-    )
+    print0(f"memory  {memory:.3g} GB of weights, gradients and optimizer, and activations")
+    print0(f"run     {config.max_iters:,} updates of {tokens:,} tokens, {epochs:.3g} epochs{done}")
     print0(f"        {flops / 1e9:.3g} GFLOP per token, {total:.2e} FLOP in all")
-    print0(f"files   {log.out_dir}/, checkpoints of {checkpoint:.3g} GB")
+    print0(f"files   {log.out_dir.as_posix()}/, checkpoints of {checkpoint:.3g} GB")
 
 
 def gpu_use(log: Log, rate: float) -> str:
@@ -769,15 +758,10 @@ def get_precision(config: TrainConfig):
         device, dtype = choose_device(config.device, config.dtype)
     if device.type == "cpu":
         reuse_memory()
-    autocast = torch.autocast(
-        device.type, dtype, enabled=dtype != torch.float32, cache_enabled=False
-    )
-    return (
-        device,
-        dtype,
-        autocast,
-        torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-    )
+    mixed = dtype != torch.float32
+    autocast = torch.autocast(device.type, dtype, enabled=mixed, cache_enabled=False)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return device, dtype, autocast, scaler
 
 
 def reuse_memory():
@@ -927,11 +911,10 @@ def process_group():
         store.wait([f"here {each}" for each in range(world_size)], RENDEZVOUS)
         dist.init_process_group(store=store, rank=rank, world_size=world_size)
     except (RuntimeError, ValueError) as error:
-        who = (
-            "process {RANK} of {WORLD_SIZE} did not meet the others at {MASTER_ADDR}:{MASTER_PORT}"
-        )
-        advice = "were all started with the same address, and does a firewall let them through?"
-        raise UserError(f"{who.format_map(os.environ)}: {advice} ({error})") from error
+        where = "process {RANK} of {WORLD_SIZE} at {MASTER_ADDR}:{MASTER_PORT}"
+        advice = "were all started with this address, and does a firewall let them through?"
+        where = where.format_map(os.environ)
+        raise UserError(f"{where} did not meet the others: {advice} ({error})") from error
     try:
         yield run_id
     except RuntimeError as error:
@@ -946,11 +929,10 @@ def check_ranks(config: TrainConfig, meta: dict, saved: dict, device: torch.devi
     """Raise UserError if ranks differ in settings, data or checkpoint, or cannot share the work."""
     seen = asdict(config) | {f"data/{config.dataset}": meta["fingerprint"]}
     seen |= {"the checkpoint's step": saved.get("step")}
-    first, *others = all_gather(seen)
-    for rank, other in enumerate(others, 1):
-        for name in first:
-            if first[name] != other.get(name):
-                values = f"{first[name]!r} in process 0, {other.get(name)!r} in {rank}"
+    for rank, other in enumerate(all_gather(seen)):
+        for name in seen:
+            if seen[name] != other.get(name):
+                values = f"{other.get(name)!r} in process {rank}, {seen[name]!r} in {get_rank()}"
                 raise UserError(f"processes differ in {name}: {values}")
     ranks, B, reason = get_world_size(), config.batch_size, None
     gpu = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else get_rank()
