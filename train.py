@@ -934,20 +934,17 @@ def check_ranks(config: TrainConfig, meta: dict, saved: dict, device: torch.devi
             if seen[name] != other.get(name):
                 values = f"{other.get(name)!r} in process {rank}, {seen[name]!r} in {get_rank()}"
                 raise UserError(f"processes differ in {name}: {values}")
-    ranks, B, reason = get_world_size(), config.batch_size, None
-    gpu = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else get_rank()
-    if len(set(all_gather(str(gpu)))) < ranks:
-        reason = f"{ranks} processes need a GPU each"
-    if ranks > 1 and (device.type not in ("cpu", "cuda") or device.index is not None):
-        reason = f"{ranks} processes cannot share --device {device}: take cpu or cuda"
+    ranks, B, own = get_world_size(), config.batch_size, str(device)
+    if device.type in ("cpu", "cuda"):  # each rank needs a GPU of its own, but not a CPU
+        is_gpu = device.type == "cuda"
+        own = torch.cuda.get_device_properties(device).uuid if is_gpu else get_rank()
+    if len(set(all_gather(str(own)))) < ranks:
+        raise UserError(f"{ranks} processes need {ranks} devices; {device} is used by several")
     if B % ranks:
         fits = max(1, B // ranks) * ranks
-        reason = f"{ranks} processes cannot share batch_size {B}: take --batch_size {fits}"
+        raise UserError(f"{ranks} processes cannot share batch_size {B}: take --batch_size {fits}")
     if config.parallel == "fsdp" and ranks == 1:
-        start = "torchrun --nproc_per_node=N train.py"
-        reason = f"--parallel fsdp is for several processes: start them with {start}"
-    if reason:
-        raise UserError(reason)
+        raise UserError("--parallel fsdp is for several processes: start them with torchrun")
 
 
 def distribute(gpt: GPT, config: TrainConfig, device: torch.device, dtype) -> torch.nn.Module:

@@ -1,16 +1,15 @@
-"""What has been learnt since GPT-2: the same loss for a sixth of the tokens, in small runs.
+"""A modern recipe: reaches GPT-2's loss with one sixth of the tokens, in small runs.
 
     python prepare.py my.txt --tokenizer bytes --dataset modern
     python train.py config/modern.py --n_layer 4 --n_head 4 --n_embd 128 --context_length 64
 
-The settings were chosen on the standard library's sources, with models of 1 and 10 million
-parameters, and are reported on another text: see the README, `python tests/learning.py`, and the
-same with --ablation. Tried and left out, as they did not save 3 % of the updates at two sizes:
-squared ReLU (1M: 3 % more updates with it, 10M: 2 % fewer), and output projections and a head that
-start at zero (1M: 1 % more, 10M: 30 % more). Tried once (1M, 300 updates, one seed, loss 1.726)
-and not taken up: half the context and twice the batch in the first half 1.708, no weight decay
-1.716, windows that begin at a document's start 1.724, a batch that grows from half to twice 1.730,
-weights averaged over the last tenth 1.732.
+The settings were chosen on the standard library's source code, with models of 1 and 10 million
+parameters; tests/README.md reports results on another text (`python tests/learning.py`). Not used,
+as it did not save 3 % of the updates at two sizes: squared ReLU (1M: 3 % more updates with it, 10M:
+2 % fewer), zero-initialized output projections and head (1M: 1 % more, 10M: 30 % more). Tried once
+and not used (1M, 300 updates, one seed, recipe's loss 1.726): half the context and twice the batch
+in the first half 1.708, no weight decay 1.716, windows that begin with a document 1.724, a batch
+that grows from half to twice 1.730, weights averaged over the last tenth 1.732.
 """
 
 dataset = "modern"
@@ -18,14 +17,14 @@ dataset = "modern"
 bias = False
 tie_weights = False
 rotary = True
-rms_norm = True  # of the embeddings as well, before the first block
+rms_norm = True  # also of the embeddings, before the first block
 qk_norm = True
 
-# One set for all sizes: Muon's steps mean the same at any width, and train.py divides the head's
-# rate by n_embd / 128. Validation loss after 200 updates at 1M: 1.852; with a learning_rate of 0.03
+# One set of rates for all sizes: Muon's step does not depend on the width, and the head's rate is
+# scaled by 128 / n_embd. Validation loss after 200 updates at 1M: 1.852; with learning_rate 0.03
 # 1.877, embedding_learning_rate 0.02 1.870, head_learning_rate 0.01 1.857, beta1 0.9 1.870,
 # cooldown_fraction 0.8 1.868. After 50 updates at 10M, learning_rate 0.01 2.366, 0.02 2.262, 0.03
-# 2.232. (All with what was left out later.)
+# 2.232. (Measured with the parts that were dropped later.)
 optimizer = "muon"
 learning_rate = 0.02
 embedding_learning_rate = 0.005
@@ -34,9 +33,9 @@ weight_decay = 0.1
 beta1 = 0.8
 beta2 = 0.95
 
-# Each matrix is orthogonalised in every fourth update: at batches of a thousand tokens that would
-# otherwise cost as much as the gradients. 1.852 in 25 s, against 1.841 in 34 s with 1 (as above).
-# What it costs does not grow with the batch: where an update has many tokens, say 1.
+# Muon updates each matrix in every fourth update: with batches of a thousand tokens its products
+# would otherwise cost as much as the gradients. 1.852 in 25 s, against 1.841 in 34 s with 1 (as
+# above). The cost does not grow with the batch: with many tokens per update, use 1.
 muon_interval = 4
 
 lr_schedule = "wsd"

@@ -1,6 +1,6 @@
 """A small model on the titles of pull requests: d_model 80, 500 updates at a constant rate.
 
-Bring a CSV (or any other text) of titles, a few hundred kilobytes; it is read as plain text:
+Needs a CSV (or any other text) of titles, a few hundred kilobytes; it is read as plain text:
 
     python prepare.py pr_titles.csv --tokenizer cl100k_base --dataset pr_titles
     python train.py config/pr_titles.py

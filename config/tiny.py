@@ -1,4 +1,4 @@
-"""A model that a laptop trains in a minute or two, for trying things out.
+"""A small model for trying things out: a minute or two on a laptop.
 
 python prepare.py --tokenizer bytes --dataset tiny
 python train.py config/tiny.py

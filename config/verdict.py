@@ -14,16 +14,16 @@ n_embd = 768
 dropout = 0.1
 qkv_bias = False
 tie_weights = False
-embedding_std = 1.0  # PyTorch's initial embeddings, which the book leaves as they are
+embedding_std = 1.0  # PyTorch's default, which the book keeps
 
-# 18 windows of 256 tokens are an epoch, 9 updates of 2; the book trains for 10 epochs. It cuts the
-# text once, so that every epoch brings the same windows, and the model learns them by heart.
+# An epoch has 18 windows of 256 tokens: 9 updates of 2. The book trains for 10 epochs and cuts the
+# text once, so every epoch has the same windows, which the model learns by heart.
 batch_size = 2
 max_iters = 90
 shift_windows = False
 
 # Appendix D: warm-up over a fifth of the updates, then cosine, and clipping. The rates were chosen
-# by trial: with 1e-3 the loss has a spike, with 5e-4 falling to 0 the updates are too few.
+# by trial: 1e-3 gives a spike in the loss, and 5e-4 falling to 0 learns too little in 90 updates.
 learning_rate = 6e-4
 initial_lr = 1e-4
 warmup_iters = 18
@@ -34,5 +34,5 @@ grad_clip = 1.0
 
 log_interval = 3
 eval_interval = 18  # every second epoch
-eval_iters = 5  # as in chapter 5: 10 of 18 training windows; validation is seen whole
+eval_iters = 5  # as in chapter 5: 10 of 18 training windows, and the whole validation split
 sample_prompt = "Every effort moves you"
