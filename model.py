@@ -15,7 +15,6 @@ names of OpenAI's release, as in nanoGPT and Hugging Face transformers.
 
 import contextlib
 import copy
-import json
 import math
 import os
 import pickle
@@ -30,8 +29,8 @@ from config import atomic_write
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -91,10 +90,11 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, H, all tokens so far, D)
-        # softmax(q k^T / sqrt(D)) v. `is_causal` masks the positions after each query with -inf;
-        # a single query is the last position, so that there is nothing to mask.
+            q = q.to(k.dtype)
+        # softmax(q k^T / sqrt(D) + mask) v: the causal mask is -inf where a key comes after the
+        # query. A single query is the newest token, so that there is nothing to mask.
         dropout_p = self.dropout if self.training else 0.0
-        y = attention(q.to(k.dtype), k, v, is_causal=T > 1, dropout_p=dropout_p)  # (B, H, T, D)
+        y = attention(q, k, v, is_causal=T > 1, dropout_p=dropout_p)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)  # concatenate the heads
         return self.c_proj(y)
 
@@ -187,7 +187,7 @@ class GPT(nn.Module):
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
-                x = checkpoint(block, x, None, angles, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(block, x, None, angles, use_reentrant=False)
             else:
                 x = block(x, cache, angles)
         if cache is not None:
@@ -225,6 +225,7 @@ class GPT(nn.Module):
             for token, _ in self.stream(idx, max_new_tokens, *options):
                 idx = torch.cat((idx, token), dim=1)
             return idx
+        # The loop of the book.
         generators = make_generators(seed, len(idx))
         ended = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         with evaluation_mode(self):
@@ -232,7 +233,7 @@ class GPT(nn.Module):
                 context = idx[:, -self.config.context_length :]  # crop
                 logits = self(context)[:, -1].float()  # forward: (B, T, V) -> (B, V)
                 token = sample_token(logits, temperature, top_k, top_p, min_p, generators)  # (B, 1)
-                token, ended = repeat_stop_token(token, ended, stop_token)
+                token, ended = repeat_stop(token, ended, stop_token)
                 idx = torch.cat((idx, token), dim=1)  # append
                 if ended.all():
                     break
@@ -258,7 +259,7 @@ class GPT(nn.Module):
         half of the context. A prompt that all rows share is computed once.
         """
         B, T = len(idx), self.config.context_length
-        # For fewer tokens packing takes longer than it saves.
+        # A few tokens do not repay the time that packing takes.
         gpt = prepack(self) if idx.is_cpu and max_new_tokens >= 16 else self
         generators = make_generators(seed, B)
         ended = torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
@@ -271,14 +272,12 @@ class GPT(nn.Module):
                 if cache.length == T:
                     new, cache.length = idx[:, -max(1, T // 2) :], 0
                 cache.advance(new.shape[1])
-                logits = gpt(new, cache=cache)[
-                    :, -1
-                ].float()  # (B, V), or (1, V) of a shared prompt
-                if len(logits) < B:
-                    logits = logits.repeat(B, 1)  # (B, V)
+                logits = gpt(new, cache=cache)[:, -1].float()  # (B, V)
+                if len(logits) < B:  # (1, V) of a shared prompt
+                    logits = logits.repeat(B, 1)
                     cache.kv = cache.kv.repeat(1, 1, B, 1, 1, 1)
                 token = sample_token(logits, temperature, top_k, top_p, min_p, generators)  # (B, 1)
-                token, ended = repeat_stop_token(token, ended, stop_token)
+                token, ended = repeat_stop(token, ended, stop_token)
                 yield token, logits
                 if stop_token is not None and ended.all():
                     break
@@ -315,20 +314,20 @@ class GPT(nn.Module):
         if newer:
             raise ValueError(f"not expressible as GPT-2: a model with {', '.join(newer)}")
         transformers = import_transformers(folder)
-        theirs = transformers.GPT2LMHeadModel(gpt2_config(self.config, tokenizer=tokenizer)).eval()
+        exported = transformers.GPT2LMHeadModel(gpt2_config(self.config, tokenizer=tokenizer))
+        exported.to(self.lm_head.weight)  # its device and dtype
         state = self.state_dict()
-        for name, tensor in theirs.state_dict().items():
-            # transformers' GPT-2 always has biases
-            mine = state.get(name, torch.zeros_like(tensor))
-            tensor.copy_(mine.T if name.endswith(TRANSPOSED) else mine)
-        compare_logits(self, theirs)
+        for name, target in exported.state_dict().items():
+            tensor = state.get(name, torch.zeros_like(target))  # transformers always has biases
+            target.copy_(tensor.T if name.endswith(TRANSPOSED) else tensor)
+        compare_logits(self, exported)
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            theirs.save_pretrained(unfinished, max_shard_size="1TB")  # a single file
+            exported.save_pretrained(unfinished, max_shard_size="1TB")  # a single file
             for path in Path(unfinished).iterdir():
                 with atomic_write(Path(folder, path.name)) as file, open(path, "rb") as source:
                     shutil.copyfileobj(source, file)
-        Path(folder, "model.safetensors.index.json").unlink(missing_ok=True)  # of an earlier export
+        Path(folder, "model.safetensors.index.json").unlink(missing_ok=True)  # an earlier model's
 
 
 # --- Generation: one token at a time --------------------------------------------------------------
@@ -381,10 +380,8 @@ def make_generators(seed: int | None, B: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed + row) for row in range(B)]
 
 
-def repeat_stop_token(
-    token: Tensor, ended: Tensor, stop_token: int | None
-) -> tuple[Tensor, Tensor]:
-    """Replace `token` (B, 1) by `stop_token` in rows that have ended; return it and `ended`."""
+def repeat_stop(token: Tensor, ended: Tensor, stop_token: int | None) -> tuple[Tensor, Tensor]:
+    """Return `token` (B, 1), with `stop_token` in rows that have `ended`, and the new `ended`."""
     if stop_token is None:
         return token, ended
     token = token.masked_fill(ended, stop_token)
@@ -424,9 +421,7 @@ def sample_token(
         probabilities = probabilities.masked_fill(probabilities < min_p * highest, 0)
     # Inverse transform sampling: the first token whose cumulative sum exceeds a random number.
     sums = probabilities.cumsum(dim=-1)  # (B, V)
-    u = torch.cat(
-        [torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators]
-    )  # (B, 1)
+    u = torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in generators])
     token = torch.searchsorted(sums, u.to(sums.device) * sums[:, -1:], right=True)  # (B, 1)
     return token.clamp(max=logits.shape[-1] - 1).to(device)
 
@@ -476,22 +471,18 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return x * keep.mul_(2**16 / (2**16 - dropped))
 
 
-class Dropout(nn.Module):
+class Dropout(nn.Dropout):
     """`nn.Dropout` with the function above."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p) if self.training and self.p else x
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, dropout_p: float) -> Tensor:
-    """Return `F.scaled_dot_product_attention(q, k, v, ...)` of (B, H, T, D).
+    """Return `F.scaled_dot_product_attention(q, k, v, is_causal, dropout_p)`, (B, H, T, D).
 
-    On a CPU that is slower than the formula written out, if there is dropout, or in 16 bits while a
-    (T, T) matrix is small.
+    On a CPU with dropout, or in 16 bits up to 512 tokens, where a matrix (T, T) needs little
+    memory, this function is slower than its formula written out.
     """
     B, _, T, D = q.shape
     if not q.is_cpu or not (dropout_p or (T <= 512 and q.dtype != torch.float32)):
@@ -543,7 +534,7 @@ def prepack(gpt: GPT, dtype: torch.dtype | None = None) -> GPT:
 
 
 def count_parameters(config: GPTConfig) -> tuple[int, int]:
-    """Return the number of parameters, and of those in matrix products, without building a model.
+    """Return the numbers of all parameters and of the parameters of Linears, by arithmetic.
 
     A tied head counts once in the first number.
     """
@@ -562,8 +553,8 @@ def flops_per_token(config: GPTConfig) -> int:
     6 for each parameter in a matrix product, and 12 L T C for attention (Chowdhery et al. 2022,
     "PaLM", appendix B); recomputed activations do not count.
     """
-    attention = 12 * config.n_layer * config.context_length * config.n_embd
-    return 6 * count_parameters(config)[1] + attention
+    _, multiplied = count_parameters(config)
+    return 6 * multiplied + 12 * config.n_layer * config.context_length * config.n_embd
 
 
 # --- Optimizers -----------------------------------------------------------------------------------
@@ -575,32 +566,27 @@ def make_optimizers(gpt: GPT, config, dtype: torch.dtype) -> list[torch.optim.Op
     `config` is a TrainConfig; Muon multiplies matrices in `dtype`. The training loop sets the
     learning rate of each parameter group to `lr_scale` times the base learning rate.
     """
-    lr, parameters = config.learning_rate, list(gpt.parameters())
+    settings = dict(betas=(config.beta1, config.beta2), fused=True)
     if config.optimizer == "adamw":
-        matrices = [p for p in parameters if p.dim() >= 2]
-        vectors = [p for p in parameters if p.dim() < 2]  # biases and gains do not decay
-        groups = [(matrices, lr, config.weight_decay), (vectors, lr, 0.0)]
-    else:
-        matrices = [p for p in gpt.transformer.h.parameters() if p.dim() == 2]
-        head = [] if config.tie_weights else [gpt.lm_head.weight]
-        taken = {id(p) for p in matrices + head}
-        others = [p for p in parameters if id(p) not in taken]
-        head_lr = config.head_learning_rate * 128 / config.n_embd
-        groups = [(others, config.embedding_learning_rate, 0.0), (head, head_lr, 0.0)]
-    adamw = torch.optim.AdamW(
-        [
-            dict(params=params, lr_scale=rate / (lr or 1), weight_decay=weight_decay)
-            for params, rate, weight_decay in groups
-            if params
-        ],
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
-    if config.optimizer == "adamw":
-        return [adamw]
-    settings = dict(momentum=config.momentum, weight_decay=config.weight_decay)
-    group = dict(params=matrices, lr_scale=1.0)
-    return [adamw, Muon([group], dtype, config.muon_interval, **settings)]
+        matrices = [p for p in gpt.parameters() if p.dim() >= 2]
+        vectors = [p for p in gpt.parameters() if p.dim() < 2]  # biases and gains do not decay
+        groups = [
+            dict(params=matrices, lr_scale=1.0, weight_decay=config.weight_decay),
+            dict(params=vectors, lr_scale=1.0, weight_decay=0.0),
+        ]
+        return [torch.optim.AdamW(groups, config.learning_rate, **settings)]
+    matrices = [p for p in gpt.transformer.h.parameters() if p.dim() == 2]
+    head = [] if config.tie_weights else [gpt.lm_head.weight]
+    in_matrices_or_head = {id(p) for p in matrices + head}
+    others = [p for p in gpt.parameters() if id(p) not in in_matrices_or_head]
+    base = config.learning_rate or 1
+    scale, head_scale = config.embedding_learning_rate / base, config.head_learning_rate / base
+    groups = [dict(params=others, lr_scale=scale)]
+    if head:
+        groups.append(dict(params=head, lr_scale=head_scale * 128 / config.n_embd))
+    adamw = torch.optim.AdamW(groups, weight_decay=0.0, **settings)
+    groups = [dict(params=matrices, lr_scale=1.0, weight_decay=config.weight_decay)]
+    return [adamw, Muon(groups, dtype, config.muon_interval, momentum=config.momentum)]
 
 
 class Muon(torch.optim.Muon):
@@ -624,7 +610,8 @@ class Muon(torch.optim.Muon):
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
         for group in self.param_groups:
-            lr, momentum = torch.tensor(group["lr"]) * self.interval, group["momentum"]
+            lr = torch.tensor(group["lr"]) * self.interval  # float32, as its products below
+            momentum = group["momentum"]
             due, by_shape = [], {}  # matrices of one shape are stacked and updated together
             for index, p in enumerate(group["params"]):
                 state = self.state[p]
@@ -650,10 +637,10 @@ class Muon(torch.optim.Muon):
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
-    """Return approximately the nearest orthogonal matrices to `x` (..., M, N), in `dtype`.
+    """Return the orthogonal matrices nearest to `x` (..., M, N), approximately, in `dtype`.
 
-    Singular values come out between 0.7 and 1.2. The iteration of Newton and Schulz with the
-    coefficients of Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
+    Their singular values are between 0.7 and 1.2. Newton-Schulz iteration with the coefficients of
+    Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
     """
     x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-20)).to(dtype)
     if tall := x.shape[-2] > x.shape[-1]:
@@ -671,9 +658,9 @@ def load_model(name: str, **changes) -> tuple[GPT, dict]:
     """Return a model and what else is stored with it, such as "tokenizer".
 
     `name` is a checkpoint file (of train.py or nanoGPT), a folder in Hugging Face's GPT-2 format,
-    or a name on their hub. The model is in evaluation mode, in float32, on the CPU. `changes` are
-    fields of GPTConfig to override, such as `dropout`. Raises ValueError, saying why, for anything
-    that is not such a model.
+    or a name on the Hugging Face hub. The model is in evaluation mode, in float32, on the CPU.
+    `changes` are fields of GPTConfig to override, such as `dropout`. Raises ValueError, saying why,
+    if there is no such model.
     """
     if os.path.isfile(name) or str(name).endswith((".ckpt", ".pt")):
         return load_checkpoint(name, **changes)
@@ -710,17 +697,16 @@ def read_checkpoint(path: str) -> dict:
         return checkpoint
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path}; train.py writes one") from None
+    except zipfile.BadZipFile:
+        raise ValueError(f"cannot read {path}: it is truncated, or not a checkpoint") from None
     except Exception as error:
-        reason = one_line(error)
-        if isinstance(error, zipfile.BadZipFile):
-            reason = "it is truncated, or not a checkpoint"
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            reason = "it asks for code to be run, which is refused: do not trust its source"
-        raise ValueError(f"cannot read {path}: {reason}") from error
+        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
 
 
 def one_line(error: Exception) -> str:
-    """Return the first two lines of an error's message in one line."""
+    """Return an error's message, or its first two lines, as one line."""
+    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+        return "it asks for code to be run, which is refused: do not trust its source"
     return " ".join(" ".join(str(error).splitlines()[:2]).split()) or repr(error)
 
 
@@ -745,13 +731,13 @@ def from_state(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
 
 # --- Hugging Face ---------------------------------------------------------------------------------
 
-# Fields of config.json and of GPTConfig with the same meaning.
-SAME_FIELDS = {"n_positions": "context_length", "resid_pdrop": "dropout"}
-SAME_FIELDS |= {"tie_word_embeddings": "tie_weights"}
-SAME_FIELDS |= {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+# Fields of GPTConfig, and their names in config.json.
+CONFIG_NAMES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+CONFIG_NAMES |= {"context_length": "n_positions", "dropout": "resid_pdrop"}
+CONFIG_NAMES |= {"tie_weights": "tie_word_embeddings"}
 
-# What other fields of config.json must be for the models of this file.
-REQUIRED_FIELDS = {
+# Values that other fields of config.json must have in a model that GPT can express.
+REQUIRED_VALUES = {
     "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -764,47 +750,51 @@ REQUIRED_FIELDS = {
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
-def load_hugging_face(name: str, **changes) -> tuple[GPT, dict]:
+def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
     """Return a GPT-2 in Hugging Face's format, and {"tokenizer": ...}; see `load_model`."""
-    transformers = import_transformers(name)
+    transformers = import_transformers(path)
     try:
-        folder = Path(name if os.path.isdir(name) else download(name))
-        text = (folder / "config.json").read_text(encoding="utf-8")
-        saved = transformers.GPT2Config().to_dict() | json.loads(text)
-        for field, values in REQUIRED_FIELDS.items():
+        folder = Path(path if os.path.isdir(path) else download(path))
+        if not (folder / "config.json").exists():
+            raise ValueError("it lacks config.json")
+        saved, _ = transformers.GPT2Config.get_config_dict(folder)
+        saved = transformers.GPT2Config().to_dict() | saved
+        for field, values in REQUIRED_VALUES.items():
             if saved[field] not in values:
                 raise ValueError(f"its {field} is {saved[field]!r}, not {values[0]!r}")
         if saved["n_inner"] not in (None, 4 * saved["n_embd"]):
             raise ValueError(f"its n_inner is {saved['n_inner']}, not 4 n_embd")
-        config = GPTConfig(**{ours: saved[theirs] for theirs, ours in SAME_FIELDS.items()})
-        size = sum(path.stat().st_size for path in folder.iterdir())
+        config = GPTConfig(**{field: saved[name] for field, name in CONFIG_NAMES.items()})
+        size = sum(file.stat().st_size for file in folder.iterdir())
         if count_parameters(config)[0] > size:  # before a hostile n_layer takes hours to build
             raise ValueError("its files are smaller than the model that config.json describes")
-        theirs, report = transformers.GPT2LMHeadModel.from_pretrained(
+        loaded, report = transformers.GPT2LMHeadModel.from_pretrained(
             folder,
             config=gpt2_config(config),  # nothing else from config.json reaches transformers
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
         )
-        for problem, keys in report.items():  # missing tensors have been filled at random
+        for problem, keys in report.items():  # transformers fills missing tensors at random
             if keys:
                 raise ValueError(f"{problem}: {min(map(str, keys))}")
-        state = theirs.state_dict()
-        state = {x: y.T if x.endswith(TRANSPOSED) else y for x, y in state.items()}
+        state = {
+            key: tensor.T if key.endswith(TRANSPOSED) else tensor
+            for key, tensor in loaded.state_dict().items()
+        }
         gpt = from_state(replace(config, **changes), state)
-        compare_logits(gpt, theirs)
+        compare_logits(gpt, loaded)
     except Exception as error:  # transformers raises many kinds
-        raise ValueError(f"cannot read {name} as GPT-2: {one_line(error)}") from error
+        raise ValueError(f"cannot read {path} as GPT-2: {one_line(error)}") from error
     return gpt, {"tokenizer": saved.get("tokenizer", "gpt2")}
 
 
-def import_transformers(name: str):
-    """Return the module transformers, quieted. Raises ValueError if it is not installed."""
+def import_transformers(path: str):
+    """Return the module, without its messages. Raises ValueError if it is not installed."""
     try:
         import transformers
     except ImportError:
-        raise ValueError(f"{name}: for Hugging Face's format, pip install transformers") from None
+        raise ValueError(f"{path}: for Hugging Face's format, pip install transformers") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
@@ -824,19 +814,21 @@ def gpt2_config(config: GPTConfig, **extra):
     """Return `config` as a `transformers.GPT2Config` with `extra` fields."""
     from transformers import GPT2Config
 
-    dropout = dict(embd_pdrop=config.dropout, attn_pdrop=config.dropout)
-    same = {theirs: getattr(config, ours) for theirs, ours in SAME_FIELDS.items()}
-    return GPT2Config(**same, **dropout, **extra)
+    fields = {name: getattr(config, field) for field, name in CONFIG_NAMES.items()}
+    fields |= dict(embd_pdrop=config.dropout, attn_pdrop=config.dropout)
+    return GPT2Config(**fields, **extra)
 
 
 @torch.no_grad()
-def compare_logits(gpt: GPT, theirs: nn.Module):
-    """Raise ValueError unless `gpt` and transformers' model give the same logits."""
-    idx = torch.randint(gpt.config.vocab_size, (2, min(64, gpt.config.context_length)))
+def compare_logits(gpt: GPT, reference: nn.Module):
+    """Raise ValueError unless `gpt` and `reference`, transformers' model, give the same logits."""
+    size = (2, min(64, gpt.config.context_length))
+    idx = torch.randint(gpt.config.vocab_size, size, generator=torch.Generator().manual_seed(0))
+    idx = idx.to(gpt.lm_head.weight.device)
     with evaluation_mode(gpt):
-        ours = gpt(idx)
-    difference = (ours - theirs.eval()(idx).logits).abs().max()
-    if not difference <= 1e-4 * ours.abs().max():
+        logits = gpt(idx)
+    difference = (logits - reference.eval()(idx).logits).abs().max()
+    if not difference <= 1000 * torch.finfo(logits.dtype).eps * logits.abs().max():  # or NaN
         raise ValueError(f"its logits differ from transformers' by {difference:.1g}")
 
 
@@ -846,13 +838,15 @@ def compare_logits(gpt: GPT, theirs: nn.Module):
 def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
     """Return the device called `device`, and the dtype of its fastest matrix products.
 
-    Raises ValueError if the device is not available.
+    "auto" is an NVIDIA, AMD or Apple GPU if there is one, else the CPU. Raises ValueError if the
+    device is not available.
     """
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         device = found.type if found and found.type in ("cuda", "mps") else "cpu"
     try:
-        found = torch.zeros(1, device=device).device
+        found = torch.device(device)
+        torch.zeros(1, device=found).item()
     except Exception as error:
         raise ValueError(f"--device {device} cannot be used here: {one_line(error)}") from error
     if dtype != "auto":

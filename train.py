@@ -284,6 +284,8 @@ def evaluate(gpt: GPT, splits: dict, config: TrainConfig, autocast, prompt, log,
     log.write(step, text, train_loss=train, val_loss=val, val_perplexity=perplexity)
     with log.timed("samples"):
         write_sample(gpt, prompt, log, autocast)
+    if hasattr(gpt, "reshard"):
+        gpt.reshard()  # FSDP: as a backward pass does
     return val
 
 
@@ -390,7 +392,6 @@ def write_sample(gpt: GPT, prompt: tuple, log: "Log", autocast):
     if ids and hasattr(gpt, "reshard"):  # FSDP needs every rank in each forward pass
         with autocast:
             idx = gpt.generate(torch.tensor([ids], device=log.device), 40, 0.0, use_cache=False)
-        gpt.reshard()  # as a backward pass does
     elif ids and get_rank() == 0:
         writer = prepack(gpt, log.dtype) if log.device.type == "cpu" else gpt  # a faster copy
         idx = writer.generate(torch.tensor([ids], device=log.device), 40, 0.0)
@@ -515,13 +516,14 @@ def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: di
     with log.timed("saving"):
         started = time.perf_counter()
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state |= log.constants | {"model": dcp.get_model_state_dict(gpt, options=options)}
-        if gpt.config.tie_weights and get_rank() == 0:  # one matrix in the file
-            state["model"]["lm_head.weight"] = state["model"]["transformer.wte.weight"]
-        if resumable:  # without parameter groups, which follow from the settings
-            optimizer_state = dcp.get_optimizer_state_dict(gpt, optimizers, options=options)
-            state |= {"optimizer": optimizer_state["state"], "metrics": log.lines}
-        if get_rank() == 0:
+        which = optimizers if resumable else []
+        weights, optimizer_state = dcp.get_state_dict(gpt, which, options=options)
+        state |= log.constants | {"model": weights}
+        if get_rank() == 0:  # the other ranks have got nothing
+            if gpt.config.tie_weights:  # one matrix in the file
+                weights["lm_head.weight"] = weights["transformer.wte.weight"]
+            if resumable:  # without parameter groups, which follow from the settings
+                state |= {"optimizer": optimizer_state["state"], "metrics": log.lines}
             try:
                 with atomic_write(path) as file:
                     torch.save(state, file)

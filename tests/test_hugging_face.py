@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 
+import model
 from model import GPT, GPTConfig, load_model
 
 import pytest
@@ -51,8 +53,10 @@ def assert_same_logits(one, other):
     ],
 )
 def test_their_models_give_their_logits_here(tmp_path, changes):
-    model = theirs(tmp_path, **changes)
-    assert_same_logits(load_model(tmp_path).eval(), model)
+    expected = theirs(tmp_path, **changes)
+    gpt, rest = load_model(tmp_path)
+    assert rest == {"tokenizer": "gpt2"} and not gpt.training
+    assert_same_logits(gpt, expected)
 
 
 def test_sharded_files(tmp_path):
@@ -61,10 +65,13 @@ def test_sharded_files(tmp_path):
     model = transformers.GPT2LMHeadModel(config).eval()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    assert_same_logits(GPT.from_pretrained(tmp_path).eval(), model)
-    next(tmp_path.glob("*00002*.safetensors")).unlink()
-    with pytest.raises(ValueError, match="lacks model-00002"):
-        GPT.from_pretrained(tmp_path)
+    assert_same_logits(GPT.from_pretrained(tmp_path), model)
+    shard = next(tmp_path.glob("*00002*.safetensors"))
+    for harm in (lambda: shard.write_bytes(b"x" * 99_999), shard.unlink):
+        harm()
+        with pytest.raises(ValueError, match="cannot read .* as GPT-2: ") as error:
+            GPT.from_pretrained(tmp_path)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -78,21 +85,39 @@ def test_sharded_files(tmp_path):
 )
 def test_our_models_give_our_logits_there(tmp_path, changes):
     gpt = ours(**changes)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")  # of an earlier, larger model
     gpt.save_pretrained(tmp_path, "bytes")
+    assert not list(tmp_path.glob("*index*"))
     model, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert_same_logits(gpt, model.eval())
-    again = load_model(tmp_path)
-    assert again.checkpoint == {"tokenizer": "bytes"} and again.config.dropout == gpt.config.dropout
-    assert_same_logits(again.eval(), model)
+    again, rest = load_model(tmp_path)
+    assert rest == {"tokenizer": "bytes"} and again.config.dropout == gpt.config.dropout
+    assert_same_logits(again, model)
 
 
 def test_export_import_export_gives_the_same_files(tmp_path):
     ours(qkv_bias=False, tie_weights=False).save_pretrained(tmp_path / "a", "gpt2")
     GPT.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", "gpt2")
-    for name in ("config.json", "model.safetensors"):
+    names = sorted(os.listdir(tmp_path / "a"))
+    assert names == sorted(os.listdir(tmp_path / "b"))
+    for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert len({(tmp_path / "a" / name).stat().st_mode for name in os.listdir(tmp_path / "a")}) == 1
+    assert len({(tmp_path / "a" / name).stat().st_mode for name in names}) == 1
+
+
+def test_a_model_with_other_logits_there_is_neither_written_nor_read(tmp_path, monkeypatch):
+    theirs(tmp_path / "in")
+    right = model.gpt2_config
+    wrong = dict(activation_function="relu")
+    monkeypatch.setattr(model, "gpt2_config", lambda config, **x: right(config, **wrong, **x))
+    for use in (
+        lambda: ours().save_pretrained(tmp_path / "out", "gpt2"),
+        lambda: load_model(tmp_path / "in"),
+    ):
+        with pytest.raises(ValueError, match="its logits differ from transformers' by"):
+            use()
+    assert not (tmp_path / "out").exists()
 
 
 def test_names_without_a_prefix_and_old_masks(tmp_path):
@@ -102,7 +127,7 @@ def test_names_without_a_prefix_and_old_masks(tmp_path):
     state = {k: v.clone() for k, v in state.items() if k != "lm_head.weight"}
     state["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
     safetensors.save_file(state, tmp_path / "model.safetensors")
-    assert_same_logits(GPT.from_pretrained(tmp_path).eval(), model)
+    assert_same_logits(GPT.from_pretrained(tmp_path), model)
 
 
 def edit(folder, **changes):
@@ -110,39 +135,59 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def drop(folder, name):
+def edit_tensors(folder, **changes):
+    """Replace, add or with None remove tensors."""
     path = folder / "model.safetensors"
-    tensors = safetensors.load_file(path)
-    del tensors[name]
-    safetensors.save_file(tensors, path)
+    tensors = safetensors.load_file(path) | {f"transformer.{k}": v for k, v in changes.items()}
+    safetensors.save_file({k: v for k, v in tensors.items() if v is not None}, path)
+
+
+class Malice:
+    def __reduce__(self):
+        return os.mkdir, ("malice",)
+
+
+def save_pickle(folder):
+    (folder / "model.safetensors").unlink()
+    torch.save(
+        {"transformer.wte.weight": Malice(), "x": torch.ones(9999)}, folder / "pytorch_model.bin"
+    )
+
+
+BIAS = "h.1.mlp.c_fc.bias"
 
 
 @pytest.mark.parametrize(
     "harm, message",
     [
         (lambda d: (d / "config.json").unlink(), "lacks config.json"),
-        (lambda d: (d / "model.safetensors").unlink(), "lacks model.safetensors"),
-        (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda d: (d / "config.json").write_text("[]"), "holds no JSON object"),
-        (lambda d: (d / "config.json").write_text("{}"), "no GPT-2's folder: KeyError..vocab_size"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 99), "is damaged"),
+        (lambda d: (d / "model.safetensors").unlink(), "as GPT-2: its files are smaller than"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json. is not a valid JSON"),
+        (lambda d: (d / "config.json").write_text("[]"), "as GPT-2: "),
+        (lambda d: (d / "config.json").write_text("{}"), "its files are smaller than the model"),
+        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 99_999), "header too large"),
+        (save_pickle, "asks for code to be run, which is refused"),
         (lambda d: edit(d, model_type="llama"), "its model_type is 'llama'"),
         (lambda d: edit(d, activation_function="relu"), "its activation_function is 'relu'"),
         (lambda d: edit(d, n_inner=50), "its n_inner is 50"),
         (lambda d: edit(d, scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse"),
-        (lambda d: edit(d, n_embd=48), "size mismatch for transformer.wte.weight"),
-        (lambda d: edit(d, n_layer=3), "tensors of 2 layers, n_layer 3"),
-        (lambda d: edit(d, n_head="3"), "is no GPT-2's"),
-        (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "KeyError..weight_map"),
-        (lambda d: drop(d, "transformer.h.1.mlp.c_fc.bias"), "Missing key.*h.1.mlp.c_fc.bias"),
+        (lambda d: edit(d, n_embd=27), "mismatched_keys: .*transformer.h.0"),
+        (lambda d: edit(d, n_layer=3), "missing_keys: transformer.h.2.attn.c_attn.bias"),
+        (lambda d: edit(d, n_layer=10**9), "its files are smaller than the model"),
+        (lambda d: edit(d, n_head="3"), "as GPT-2: "),
+        (lambda d: edit_tensors(d, **{BIAS: None}), f"missing_keys: transformer.{BIAS}"),
+        (lambda d: edit_tensors(d, more=torch.ones(2)), "unexpected_keys: transformer.more"),
+        (lambda d: edit_tensors(d, **{BIAS: torch.ones(2)}), f"mismatched_keys: .*{BIAS}"),
     ],
 )
-def test_folders_that_are_no_gpt2(tmp_path, harm, message):
-    theirs(tmp_path)
-    harm(tmp_path)
+def test_folders_that_are_no_gpt2(folder, capfd, harm, message):
+    theirs(folder / "x")
+    harm(folder / "x")
+    capfd.readouterr()
     with pytest.raises(ValueError, match=message) as error:
-        GPT.from_pretrained(tmp_path)
-    assert "\n" not in str(error.value)
+        GPT.from_pretrained("x")
+    assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
+    assert not (folder / "malice").exists()
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub(command, monkeypatch):
@@ -153,11 +198,12 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(command, monkeypatch):
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
     code, _, err = command("sample.py", "--init_from=nobody/nothing")
-    assert code == 2 and "nobody/nothing is not a file or folder here, and cannot be had" in err
-    monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+    assert (
+        code == 2 and "nobody/nothing" in err and "no file or folder, and the hub says: no" in err
+    )
+    monkeypatch.setitem(sys.modules, "transformers", None)
     code, _, err = command("sample.py", "--init_from=gpt2")
-    assert code == 2 and "gpt2 is not a file or folder here; for the hub this needs" in err
-    assert "pip install huggingface_hub" in err
+    assert code == 2 and "pip install transformers" in err and err.count("\n") == 1
 
 
 def test_a_hub_name_is_downloaded(command, monkeypatch, tmp_path):
