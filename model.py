@@ -220,9 +220,9 @@ class GPT(nn.Module):
         With `use_cache` (see `stream`) each token is computed once; without, the whole context is
         computed for every new token.
         """
+        rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if use_cache:
-            options = (temperature, top_k, top_p, min_p, seed, stop_token)
-            for token, _ in self.stream(idx, max_new_tokens, *options):
+            for token, _ in self.stream(idx, max_new_tokens, seed, stop_token, **rules):
                 idx = torch.cat((idx, token), dim=1)
             return idx
         # The loop of the book.
@@ -232,7 +232,7 @@ class GPT(nn.Module):
             for _ in range(max_new_tokens):
                 context = idx[:, -self.config.context_length :]  # crop
                 logits = self(context)[:, -1].float()  # forward: (B, T, V) -> (B, V)
-                token = sample_token(logits, temperature, top_k, top_p, min_p, generators)  # (B, 1)
+                token = sample_token(logits, generators, **rules)  # (B, 1)
                 token, ended = repeat_stop(token, ended, stop_token)
                 idx = torch.cat((idx, token), dim=1)  # append
                 if ended.all():
@@ -242,19 +242,10 @@ class GPT(nn.Module):
     # --- A first reading may stop here ------------------------------------------------------------
 
     @torch.no_grad()
-    def stream(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        stop_token: int | None = None,
-    ):
+    def stream(self, idx: Tensor, max_new_tokens: int, seed=None, stop_token=None, **rules):
         """Yield each new token (B, 1) of `generate` with its logits (B, V), using a `KVCache`.
 
+        The arguments are those of `generate`; `rules` go to `sample_token`.
         Keys depend on their positions, so a full cache cannot slide: it is recomputed from the last
         half of the context. A prompt that all rows share is computed once.
         """
@@ -276,7 +267,7 @@ class GPT(nn.Module):
                 if len(logits) < B:  # (1, V) of a shared prompt
                     logits = logits.repeat(B, 1)
                     cache.kv = cache.kv.repeat(1, 1, B, 1, 1, 1)
-                token = sample_token(logits, temperature, top_k, top_p, min_p, generators)  # (B, 1)
+                token = sample_token(logits, generators, **rules)  # (B, 1)
                 token, ended = repeat_stop(token, ended, stop_token)
                 yield token, logits
                 if stop_token is not None and ended.all():
@@ -390,11 +381,11 @@ def repeat_stop(token: Tensor, ended: Tensor, stop_token: int | None) -> tuple[T
 
 def sample_token(
     logits: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    min_p: float,
     generators: list[torch.Generator],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Tensor:
     """Draw one token (B, 1) for each row of `logits` (B, V).
 

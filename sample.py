@@ -121,8 +121,9 @@ def write(prompt: str, config: SampleConfig, gpt: GPT, tokenizer):
     """Print the prompt and its continuations, the first one as it is generated."""
     device, end = gpt.transformer.wte.weight.device, tokenizer.eot_token
     idx = torch.tensor([encode(prompt, tokenizer, gpt)] * config.num_samples, device=device)
-    rules = (config.temperature, config.top_k, config.top_p, config.min_p, config.seed)
-    stream = gpt.stream(idx, config.max_new_tokens, *rules, end if config.stop else None)
+    rules = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    stop_token = end if config.stop else None
+    stream = gpt.stream(idx, config.max_new_tokens, config.seed, stop_token, **rules)
     shown = "" if config.start is None and prompt == prepare.ENDOFTEXT else prompt
     print(shown, end="\n" if config.top_logprobs else "", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back incomplete characters

@@ -38,14 +38,14 @@ minutes before the time is up:
 - --max_restarts=3 restarts all processes when one dies. On several machines this needs
   TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment. A job that the scheduler starts again is
   a new run unless it says --init_from resume.
-- If processes see other data or settings, or do not meet, all end with a line that says so. torchrun
+- If processes see other data or settings, or do not meet, all end with one line about it. torchrun
   then prints a traceback and a report of its own: the line is above them. GLOO_SOCKET_IFNAME and
   NCCL_SOCKET_IFNAME name the network interface if a machine has several.
 - A slow network: more sequences per update, so that gradients are averaged less often; ddp rather
   than fsdp; NCCL_DEBUG=INFO shows whether InfiniBand is used.
 - Between micro batches fsdp keeps a whole gradient in each process: if memory is short, set
   --micro_batch_size to batch_size / processes.
-- A checkpoint is one file of 12 bytes per parameter, collected by the first process and read by each
+- A checkpoint is one file of 12 bytes per parameter, collected by process 0 and read by each
   process at the start: good up to some 2 billion parameters (24 GB).
 
 Several machines, and nccl on more than one GPU, have not been tried.
