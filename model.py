@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 @dataclass
 class GPTConfig:
-    """The shape of a model; the defaults are GPT-2 with 124M parameters."""
+    """The shape of a model."""
 
-    # Model (the defaults are GPT-2 124M)
+    # Model (the defaults are GPT-2 with 124M parameters)
     vocab_size: int = 50257  # number of token ids
     context_length: int = 1024  # maximum number of tokens the model can attend to
     n_layer: int = 12  # number of blocks
@@ -152,7 +152,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
         for embedding in (self.transformer.wte, self.transformer.wpe):
             nn.init.normal_(embedding.weight, std=config.embedding_std)
-        if config.rotary:
+        if config.rotary:  # made above, so that the other weights get the same random numbers
             del self.transformer.wpe
 
     def _tie_weights(self):
@@ -173,7 +173,7 @@ class GPT(nn.Module):
 
         idx and targets are int64 (B, T), with T at most `context_length`; targets of -100 are
         ignored. With a `cache` (a KVCache that has advanced by T) idx continues the cached tokens,
-        and the logits (B, 1, V) are of the last position only.
+        with T = 1 unless there are none yet, and the logits are (B, 1, V), of the last position.
         """
         T = idx.shape[1]
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions
@@ -183,7 +183,7 @@ class GPT(nn.Module):
         else:
             x = x + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
         if self.config.rms_norm:
-            x = self.transformer.ln_f(x)
+            x = self.transformer.ln_f(x)  # has no parameters, so it serves twice
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
@@ -192,7 +192,7 @@ class GPT(nn.Module):
                 x = block(x, cache, angles)
         if cache is not None:
             x = x[:, -1:]  # (B, 1, C)
-        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V)
+        logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V), with a cache (B, 1, V)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B T, V), (B T)
@@ -583,11 +583,12 @@ def make_optimizers(gpt: GPT, config, dtype: torch.dtype) -> list[torch.optim.Op
 class Muon(torch.optim.Muon):
     """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-    Differs from PyTorch's: `dtype` of the matrix products is free (PyTorch's is bfloat16, slow on
-    many CPUs); queries, keys and values are separate matrices; each matrix is updated in one of
-    `interval` updates, with `interval` times the learning rate, since the momentum changes little
-    from one update to the next and small batches make Muon as expensive as the gradients; and under
-    torch.distributed each rank computes a share of the matrices.
+    Differs from PyTorch's class:
+    - matrix products are in `dtype`, not always in bfloat16, which is slow on many CPUs;
+    - queries, keys and values are separate matrices;
+    - each matrix is updated in one of `interval` updates, with `interval` times the learning rate:
+      with small batches Muon takes as long as the gradients, and momentum changes slowly;
+    - under torch.distributed each rank computes a share of the matrices.
     """
 
     def __init__(self, params, dtype: torch.dtype, interval: int = 1, **settings):
@@ -601,7 +602,7 @@ class Muon(torch.optim.Muon):
         if dist.is_initialized():
             rank, world_size = dist.get_rank(), dist.get_world_size()
         for group in self.param_groups:
-            lr = torch.tensor(group["lr"]) * self.interval  # float32, as its products below
+            lr = torch.tensor(group["lr"]) * self.interval  # so that products are in float32
             momentum = group["momentum"]
             due, by_shape = [], {}  # matrices of one shape are stacked and updated together
             for index, p in enumerate(group["params"]):
@@ -707,7 +708,7 @@ def from_state(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
     Raises an error where they do not fit.
     """
     layers = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
-    if len(layers) != config.n_layer:  # before a hostile n_layer takes hours to build
+    if len(layers) != config.n_layer:  # before building what a damaged file asks for
         raise ValueError(f"tensors of {len(layers)} layers, but n_layer is {config.n_layer}")
     with torch.device("meta"):  # allocates no memory
         gpt = GPT(config)
@@ -757,7 +758,7 @@ def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
             raise ValueError(f"its n_inner is {saved['n_inner']}, not 4 n_embd")
         config = GPTConfig(**{field: saved[name] for field, name in CONFIG_NAMES.items()})
         size = sum(file.stat().st_size for file in folder.iterdir())
-        if count_parameters(config)[0] > size:  # before a hostile n_layer takes hours to build
+        if count_parameters(config)[0] > size:  # before building what a damaged file asks for
             raise ValueError("its files are smaller than the model that config.json describes")
         loaded, report = transformers.GPT2LMHeadModel.from_pretrained(
             folder,

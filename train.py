@@ -39,6 +39,7 @@ from model import (
     GPTConfig,
     choose_device,
     count_parameters,
+    evaluation_mode,
     flops_per_token,
     load_model,
     make_optimizers,
@@ -57,11 +58,11 @@ from torch.nn.parallel import DistributedDataParallel
 class TrainConfig(GPTConfig):
     """All settings of a training run: the model's and the ones below."""
 
-    vocab_size: int | None = None  # number of token ids; none: the dataset's
+    vocab_size: int | None = None  # number of token ids; none: as in the dataset
     # Data
     dataset: str = "verdict"  # folder under data/ that prepare.py made
     batch_size: int = 8  # sequences per update, over all processes
-    micro_batch_size: int | None = None  # sequences per forward pass and process; none: all
+    micro_batch_size: int | None = None  # sequences per forward pass and process; none: no limit
     shift_windows: bool = True  # cut the text at another offset in every epoch (the book: no)
     seed: int = 1337  # of the initial weights, the order of the data, and dropout
     # Updates
@@ -69,7 +70,9 @@ class TrainConfig(GPTConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks; AdamW: rest
     learning_rate: float = 6e-4  # highest learning rate (about 0.02 with muon)
     embedding_learning_rate: float = 6e-4  # with muon: learning rate of embeddings and vectors
-    head_learning_rate: float = 6e-4  # with muon: of an untied output head, times 128 / n_embd
+    head_learning_rate: float = (
+        6e-4  # with muon: of an untied head with n_embd 128; falls as 1 / n_embd
+    )
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: constant, then linear
     warmup_iters: int = 100  # updates over which the learning rate rises linearly
     initial_lr: float = 0.0  # learning rate at the start of the warm-up
@@ -81,7 +84,7 @@ class TrainConfig(GPTConfig):
     momentum: float = 0.95  # Muon: decay rate of its average of gradients
     muon_interval: int = 1  # Muon updates each matrix once every this many updates
     grad_clip: float = 1.0  # clip gradients to this global norm; 0 disables clipping
-    max_skipped: int = 10  # stop after this many updates in a row without a finite loss
+    max_skipped: int = 10  # stop after this many skipped updates in a row (loss not finite)
     # Reports
     log_interval: int = 10  # updates between log lines
     eval_interval: int = 100  # updates between evaluations
@@ -96,21 +99,23 @@ class TrainConfig(GPTConfig):
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a name such as cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: a whole model or a shard in each
-    compile: bool | None = None  # torch.compile the model; none: on a GPU
+    compile: bool | None = None  # torch.compile the model; none: only on CUDA
     activation_checkpointing: bool = False  # recompute activations: less memory, more time
 
     def __post_init__(self):
         GPTConfig(**self.model_args())  # raises ValueError for an impossible shape
-        bounds = dict.fromkeys(AT_LEAST_0.split(), (0, math.inf))
-        bounds |= dict.fromkeys(AT_LEAST_1.split(), (1, math.inf))
-        bounds |= dict.fromkeys(("beta1", "beta2", "momentum"), (0, 1))
-        for name, (least, below) in bounds.items():
-            if (value := getattr(self, name)) is not None and not least <= value < below:
-                raise ValueError(f"{name} is {value}; it must be at least {least}, below {below}")
-        if self.optimizer == "muon" and self.parallel == "fsdp":
-            raise ValueError("Muon needs whole matrices: take --parallel ddp or --optimizer adamw")
+        for least, names in ((0, AT_LEAST_0), (1, AT_LEAST_1)):
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not least <= value < math.inf:
+                    raise ValueError(f"{name} is {value}; it must be at least {least}")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
         if not 0 < self.cooldown_fraction <= 1:
             raise ValueError(f"cooldown_fraction is {self.cooldown_fraction}; it must be in (0, 1]")
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise ValueError("Muon needs whole matrices: take --parallel ddp or --optimizer adamw")
 
     def model_args(self) -> dict:
         """Return the fields of GPTConfig among the settings; no vocab_size while it is None."""
@@ -127,41 +132,43 @@ AT_LEAST_1 += "checkpoint_interval max_skipped muon_interval"
 # --- Data -----------------------------------------------------------------------------------------
 
 
-def get_batch(split, step: int, config: TrainConfig, device="cpu", rank: int = 0, world_size=1):
+def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 0, world_size=1):
     """Return inputs and targets, each (B, T) int64 on `device`, of update number `step`.
 
-    An epoch visits every window of T tokens of the stream `split` (L,) once, in shuffled order.
-    Each epoch cuts the stream, closed to a ring, at a new offset (0 without `shift_windows`). All
-    this follows from seed and step alone. Each rank gets B = batch_size / world_size windows.
+    An epoch cuts the token ids `stream` (N,), which go on at their start after their end, into (N -
+    1) // T windows of T tokens, from a new offset in each epoch (0 without `shift_windows`), and
+    visits each window once, in shuffled order. Offset and order follow from the seed and the epoch.
+    Each rank gets B = batch_size / world_size windows of the update.
     """
-    windows = (len(split) - 1) // config.context_length  # per epoch
+    windows = (len(stream) - 1) // config.context_length  # per epoch
     B = config.batch_size // world_size
-    numbers = step * config.batch_size + rank * B + np.arange(B)  # of windows since the start
+    numbers = step * config.batch_size + rank * B + np.arange(B)  # (B,), counted over all epochs
     epochs, places = np.divmod(numbers, windows)
     starts = np.empty(B, dtype=np.int64)
     for epoch in np.unique(epochs):
-        here, rng = epochs == epoch, np.random.default_rng([config.seed, epoch])
-        offset = rng.integers(len(split)) if config.shift_windows else 0
+        here = epochs == epoch
+        rng = np.random.default_rng([config.seed, epoch])
+        offset = rng.integers(len(stream)) if config.shift_windows else 0
         starts[here] = offset + config.context_length * permute(places[here], windows, rng)
-    tokens = read_windows(split, starts, config)  # (B, T + 1)
+    tokens = read_windows(stream, starts, config)  # (B, T + 1)
     if torch.device(device).type == "cuda":
         tokens = tokens.pin_memory()  # is copied while the GPU computes
     tokens = tokens.to(device, non_blocking=True)
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def read_windows(split, starts: np.ndarray, config: TrainConfig) -> torch.Tensor:
-    """Return (B, T + 1) int64: the tokens from each of `starts` (B,) on. The stream is a ring."""
+def read_windows(stream, starts: np.ndarray, config: TrainConfig) -> torch.Tensor:
+    """Return the T + 1 token ids from each of `starts` (B,) on: (B, T + 1) int64."""
     positions = starts[:, None] + np.arange(config.context_length + 1)  # (B, T + 1)
-    tokens = split[positions % len(split)].astype(np.int64)
+    tokens = stream[positions % len(stream)].astype(np.int64)
     check_ids(tokens, config)
     return torch.from_numpy(tokens)
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of update `step` (from 0): warm-up, then cosine (book, appendix D).
+    """Return the learning rate of update `step` (from 0), which groups multiply by `lr_scale`.
 
-    Parameter groups multiply it by their `lr_scale`.
+    A linear warm-up, then the cosine of the book's appendix D, or another `lr_schedule`.
     """
     if step < config.warmup_iters:
         rise = (config.learning_rate - config.initial_lr) / config.warmup_iters
@@ -177,34 +184,42 @@ def get_lr(step: int, config: TrainConfig) -> float:
     return config.min_lr + (config.learning_rate - config.min_lr) * height
 
 
+def set_lr(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig) -> float:
+    """Set the learning rate of every parameter group for update `step`; return the base rate."""
+    lr = get_lr(step, config)
+    for optimizer in optimizers:
+        optimizer.step_number = step  # Muon updates some of its matrices at each step
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+    return lr
+
+
 @torch.no_grad()
 def estimate_loss(gpt: GPT, splits: dict, config: TrainConfig, autocast) -> dict[str, float]:
     """Return the mean loss of each split over up to `eval_iters` batches, without dropout.
 
     The windows are evenly spaced and the same at every call; a small split is evaluated completely,
-    each token once. Ranks share the batches; the result does not depend on their number.
+    each token once. Ranks share the batches; their number changes the result by rounding only.
     """
-    T, B, device = config.context_length, micro_batch_size(config), gpt.lm_head.weight.device
+    T, B, device = config.context_length, sequences_per_pass(config), gpt.lm_head.weight.device
     losses = {}
-    gpt.eval()
-    for name, split in splits.items():
-        windows = math.ceil((len(split) - 1) / T)  # the last one may be short
+    for name, stream in splits.items():
+        windows = math.ceil((len(stream) - 1) / T)  # the last one may be short
         count = min(windows, config.eval_iters * config.batch_size)
         starts = np.arange(count) * windows // count * T
-        sums, counts = [], []
-        for first in range(0, count, B * get_world_size()):
-            mine = starts[first + B * get_rank() :][:B]
+        sums, counts = [], []  # of the batches of this rank
+        for first in range(B * get_rank(), count + B * get_rank(), B * get_world_size()):
+            mine = starts[first : first + B]
             rows = mine if len(mine) else starts[:1]  # under FSDP all ranks run each forward pass
-            tokens = read_windows(split, rows, config)  # (B, T + 1)
-            after_end = torch.from_numpy(rows)[:, None] + torch.arange(1, T + 1) >= len(split)
-            x, y = tokens[:, :-1], tokens[:, 1:].masked_fill(after_end, -100)  # -100: not counted
-            with autocast:
+            tokens = read_windows(stream, rows, config)  # (B, T + 1)
+            at_end = torch.from_numpy(rows)[:, None] + torch.arange(1, T + 1) >= len(stream)
+            x, y = tokens[:, :-1], tokens[:, 1:].masked_fill(at_end, -100)  # -100: not counted
+            with evaluation_mode(gpt), autocast:
                 loss = gpt(x.to(device), y.to(device))
             counts.append(int((y >= 0).sum()) if len(mine) else 0)
             sums.append(loss.item() * counts[-1])
-        total = math.fsum(sum(all_gather(sums), []))  # exact, so in any order
-        losses[name] = total / sum(sum(all_gather(counts), []))
-    gpt.train()
+        total = math.fsum(itertools.chain(*all_gather(sums)))  # exact in any order
+        losses[name] = total / sum(itertools.chain(*all_gather(counts)))
     return losses
 
 
@@ -215,7 +230,7 @@ def main(argv: list[str]):
     config = parse(TrainConfig, argv)
     with process_group() as run_id:
         signals = catch_signals()
-        config, gpt, saved = load_weights(config, run_id)  # from scratch: None and {}
+        config, gpt, saved = load_weights(config, run_id)  # from scratch gpt is None, saved {}
         splits, meta = open_dataset(config, saved)
         device, dtype, autocast, scaler = get_precision(config)
         check_ranks(config, meta, saved, device)
@@ -227,20 +242,20 @@ def main(argv: list[str]):
         log = Log(config, meta, saved, device, dtype)
         describe(config, splits, meta, log)
         train_model = compile_model(model, splits["train"], config, device, autocast)
+        log.started = time.perf_counter()
+        size = sequences_per_pass(config)
 
-        size = micro_batch_size(config)
-
-        def save(name: str = "model.ckpt") -> bool:
+        def save(name: str = "model.ckpt") -> bool:  # with the values at the time of the call
             state = dict(step=step, best_val_loss=best_val_loss, scaler=scaler.state_dict())
             return save_checkpoint(gpt, optimizers, log, name, state | {"run_id": run_id})
 
         if step == 0:
-            best_val_loss = evaluate(gpt, splits, config, autocast, prompt, log, step)
+            best_val_loss = min(math.inf, evaluate(gpt, splits, config, autocast, prompt, log, 0))
         while step < config.max_iters and not any_rank(signals):
             lr = set_lr(optimizers, step, config)
             x, y = get_batch(splits["train"], step, config, device, get_rank(), get_world_size())
             micro_batches = list(zip(x.split(size), y.split(size)))
-            loss = 0.0
+            total_loss = 0.0
             for micro_step, (inputs, targets) in enumerate(micro_batches):
                 seed_dropout(config.seed, step, micro_step)
                 set_grad_sync(model, micro_step == len(micro_batches) - 1)
@@ -248,14 +263,13 @@ def main(argv: list[str]):
                     micro_loss = train_model(inputs, targets)  # 1. forward pass, 2. loss
                 micro_loss = micro_loss * (len(inputs) / len(x))
                 scaler.scale(micro_loss).backward()  # 3. backward pass; gradients add up
-                loss += micro_loss.detach()
+                total_loss += micro_loss.detach()
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.grad_clip or math.inf)
-            loss, norm = to_numbers(loss, norm)  # over all ranks; waits for the device
-            finite = math.isfinite(loss + norm)
+            loss, norm = to_numbers(total_loss, norm)  # over all ranks; waits for the device
             for optimizer in optimizers:
-                if finite:
+                if math.isfinite(loss + norm):
                     optimizer.step()  # 4. update
                 optimizer.zero_grad()
             scaler.update()
@@ -279,13 +293,13 @@ def evaluate(gpt: GPT, splits: dict, config: TrainConfig, autocast, prompt, log,
     with log.timed("evaluation"):
         losses = estimate_loss(gpt, splits, config, autocast)
     train, val = losses["train"], losses["val"]
-    perplexity = math.exp(min(val, 700))  # as uncertain as among so many equally likely tokens
+    perplexity = math.exp(min(val, 700))  # so many equally likely tokens have this loss
     text = f"training loss {train:.4f}  validation loss {val:.4f}  perplexity {perplexity:,.2f}"
     log.write(step, text, train_loss=train, val_loss=val, val_perplexity=perplexity)
     with log.timed("samples"):
         write_sample(gpt, prompt, log, autocast)
-    if hasattr(gpt, "reshard"):
-        gpt.reshard()  # FSDP: as a backward pass does
+    if is_sharded(gpt):
+        gpt.reshard()  # frees the gathered weights, as a backward pass does
     return val
 
 
@@ -318,8 +332,8 @@ def permute(index: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
 
 def check_ids(tokens: np.ndarray, config: TrainConfig):
     """Raise UserError for a token id outside the vocabulary."""
-    if (id := int(tokens.max())) >= (V := config.vocab_size):
-        raise UserError(f"data/{config.dataset} holds token id {id:,}, but vocab_size is {V:,}")
+    if (largest := int(tokens.max())) >= (V := config.vocab_size):
+        raise UserError(f"data/{config.dataset} holds token id {largest:,}; vocab_size is {V:,}")
 
 
 def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
@@ -336,36 +350,26 @@ def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
     if saved.get("dataset", meta["fingerprint"]) != meta["fingerprint"]:
         raise UserError(f"{name} is not what {config.out_dir}/model.ckpt was trained on")
     config.vocab_size = config.vocab_size or meta["vocab_size"]
-    for split, ids in splits.items():
-        if (most := len(ids) - 1) < config.context_length:
+    for split, stream in splits.items():
+        if (most := len(stream) - 1) < config.context_length:
             advice = f"take --context_length {most} or less, or " if most else ""
-            few = f"{name}/{split}.bin has {len(ids):,} tokens, too few for context_length"
+            few = f"{name}/{split}.bin has {len(stream):,} tokens, too few for context_length"
             raise UserError(f"{few} {config.context_length:,}: {advice}prepare more text")
-        for block in prepare.sample_blocks(ids):  # `read_windows` checks the others
+        for block in prepare.sample_blocks(stream):  # `read_windows` checks the others
             check_ids(block, config)
     return splits, meta
 
 
-def micro_batch_size(config: TrainConfig) -> int:
+def sequences_per_pass(config: TrainConfig) -> int:
     """Return how many sequences go through the model at once in each rank."""
     share = config.batch_size // get_world_size()
     return min(config.micro_batch_size or share, share)
 
 
 def seed_dropout(*key: int):
-    """Seed dropout from (seed, step, micro step) and the rank: a resumed run draws equal masks."""
+    """Seed dropout from (seed, step, micro step) and the rank: a resumed run repeats the masks."""
     sequence = np.random.SeedSequence((*key, get_rank()))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
-
-
-def set_lr(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig) -> float:
-    """Set the learning rate of every parameter group for update `step`; return the base rate."""
-    lr = get_lr(step, config)
-    for optimizer in optimizers:
-        optimizer.step_number = step  # Muon updates some of its matrices at each step
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-    return lr
 
 
 def to_numbers(loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
@@ -389,7 +393,7 @@ def read_prompt(config: TrainConfig, meta: dict) -> tuple:
 def write_sample(gpt: GPT, prompt: tuple, log: "Log", autocast):
     """Print the prompt and its 40 likeliest next tokens."""
     tokenizer, ids = prompt
-    if ids and hasattr(gpt, "reshard"):  # FSDP needs every rank in each forward pass
+    if ids and is_sharded(gpt):  # every rank runs each forward pass
         with autocast:
             idx = gpt.generate(torch.tensor([ids], device=log.device), 40, 0.0, use_cache=False)
     elif ids and get_rank() == 0:
@@ -442,14 +446,14 @@ def resume(config: TrainConfig, path: str) -> tuple[TrainConfig, GPT, dict]:
             raise UserError(f"{path} has no {name} to resume with: use --init_from {path}")
     names = {field.name for field in fields(TrainConfig)} - {"init_from", "out_dir"}
     settings = {name: value for name, value in saved["config"].items() if name in names}
-    # Where a run happens is the machine's own choice again where the saved one cannot be had.
+    # If the saved device or parallel mode is not available, use the default.
     if settings.get("parallel") == "fsdp" and get_world_size() == 1:
         del settings["parallel"]
-        print0("a single process: parallel was fsdp, is ddp")
+        print0("parallel was fsdp; it is ddp in a single process, unless given")
     try:
         choose_device(settings.get("device", "auto"))
     except ValueError:
-        print0(f"no {settings.pop('device')} here: device is auto")
+        print0(f"device was {settings.pop('device')}, which is not here; it is auto, unless given")
     return merge(config, settings, gpt, path), gpt.train(), saved
 
 
@@ -460,7 +464,9 @@ def merge(config: TrainConfig, settings: dict, gpt: GPT, path: str) -> TrainConf
     optimizer; reports other changes.
     """
     shape = asdict(gpt.config)
-    given = {name: value for name, value in config.given.items() if value is not None}
+    given = dict(config.given)
+    if given.get("vocab_size") is None:
+        given.pop("vocab_size", None)
     for name, value in given.items():
         before = shape.get(name, settings.get(name, value))
         if before != value and (name in shape or name == "optimizer"):
@@ -484,8 +490,8 @@ def load_state(gpt: GPT, optimizers: list, scaler, saved: dict) -> tuple[int, fl
     def shapes(state: dict) -> dict:
         return {name: {key: x.shape for key, x in state[name].items()} for name in state}
 
-    # A step with zero gradients and learning rate 0 makes a state to compare with. Its groups stay:
-    # a weight decay that was given must not be replaced by a saved one.
+    # A step with zero gradients and learning rate 0 makes a state to compare with. The new groups
+    # are kept, or the saved weight decay would replace a given one.
     state, own = saved.pop("optimizer"), dcp.get_optimizer_state_dict(gpt, optimizers)
     try:
         if shapes(state) != shapes(own["state"]):
@@ -502,10 +508,10 @@ def load_state(gpt: GPT, optimizers: list, scaler, saved: dict) -> tuple[int, fl
 def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: dict) -> bool:
     """Write out_dir/name; return False and report why if it is not written. All ranks call it.
 
-    model.ckpt holds all that resuming needs, best.ckpt what sampling needs. If several updates in
-    a row were skipped, the weights may be the cause: they never replace a good checkpoint.
+    model.ckpt holds all that resuming needs, best.ckpt what sampling needs. After several skipped
+    updates in a row the weights are suspect: they never replace a good checkpoint.
     """
-    path, resumable, error = log.out_dir / name, name == "model.ckpt", ""
+    path, resumable = log.out_dir / name, name == "model.ckpt"
     if resumable and log.saved_step == state["step"]:
         return True
     if log.skipped > 1 or not all(optimizer.state for optimizer in optimizers):
@@ -527,16 +533,14 @@ def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: di
             try:
                 with atomic_write(path) as file:
                     torch.save(state, file)
-            except (OSError, RuntimeError) as caught:  # torch.save wraps OSErrors
-                error = str(caught.__context__ or caught)
-        error = all_gather(error)[0]
-    if error:
-        print0(f"{path.as_posix()} NOT SAVED, an earlier one is unchanged: {error}")
-        return False
-    size, seconds = path.stat().st_size / 1e6, time.perf_counter() - started
-    print0(f"{path.as_posix()} saved: step {state['step']:,}, {size:,.1f} MB in {seconds:.1f} s")
-    log.saved_step = state["step"] if resumable else log.saved_step
-    return True
+                size, seconds = path.stat().st_size / 1e6, time.perf_counter() - started
+                result = f"saved: step {state['step']:,}, {size:,.1f} MB in {seconds:.1f} s"
+            except (OSError, RuntimeError) as error:  # torch.save wraps OSErrors
+                result = f"NOT SAVED, an earlier one is unchanged: {error.__context__ or error}"
+            print0(f"{path.as_posix()} {result}")
+        saved = all_gather(get_rank() > 0 or result.startswith("saved"))[0]
+    log.saved_step = state["step"] if saved and resumable else log.saved_step
+    return saved
 
 
 def move_earlier_run(out_dir: Path):
@@ -578,7 +582,7 @@ class Log:
         self.started, self.logged = time.perf_counter(), 0.0
         self.spent = Counter()  # seconds that were not training
         self.skipped = 0  # updates in a row
-        self.waiting = not self.first_step  # for the first update of a new run
+        self.no_update_yet = not self.first_step  # of a new run
         self.complete = False  # whether metrics.jsonl has all lines
         with user_errors():
             self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -595,7 +599,7 @@ class Log:
         self.lines.append({"step": step, "seconds": seconds} | values)
         if self.wandb:
             self.wandb.log(self.lines[-1], step=step)
-        if get_rank() > 0 or self.waiting:
+        if get_rank() > 0 or self.no_update_yet:
             return
         path = self.out_dir / "metrics.jsonl"
         try:
@@ -621,8 +625,8 @@ class Log:
         """
         config = self.config
         self.skipped = 0 if math.isfinite(loss + norm) else self.skipped + 1
-        if self.waiting and not self.skipped:
-            self.waiting = False
+        if self.no_update_yet and not self.skipped:
+            self.no_update_yet = False
             if get_rank() == 0:
                 with user_errors():
                     move_earlier_run(self.out_dir)
@@ -646,7 +650,7 @@ class Log:
         """Draw loss.png, report where the time went and how to go on; return the exit code."""
         with self.timed("drawing"):
             try:
-                if get_rank() == 0 and not self.waiting:
+                if get_rank() == 0 and not self.no_update_yet:
                     plot(self.out_dir, self.config, self.lines)
             except Exception as error:  # the run is worth more than its picture
                 print0(f"no loss.png: {error}")
@@ -674,8 +678,10 @@ def describe(config: TrainConfig, splits: dict, meta: dict, log: Log):
     print0(f"data    {config.dataset}: {meta['source']}")
     print0(f"        {train:,} tokens to train on, {val:,} to validate with ({meta['tokenizer']})")
     print0(f"model   {parameters:,} parameters: {shape}, context {config.context_length:,}")
-    print0(f"device  {log.device}, matrix products in {str(log.dtype)[6:]}{ranks}")
-    print0(f"memory  {memory:.3g} GB of weights, gradients and optimizer, and activations")
+    print0(
+        f"device  {log.device}, matrix products in {str(log.dtype).removeprefix('torch.')}{ranks}"
+    )
+    print0(f"memory  {memory:.3g} GB for weights, gradients and optimizer, plus activations")
     print0(f"run     {config.max_iters:,} updates of {tokens:,} tokens, {epochs:.3g} epochs{done}")
     print0(f"        {flops / 1e9:.3g} GFLOP per token, {total:.2e} FLOP in all")
     print0(f"files   {log.out_dir.as_posix()}/, checkpoints of {checkpoint:.3g} GB")
@@ -769,8 +775,8 @@ def get_precision(config: TrainConfig):
 def reuse_memory():
     """Keep freed memory in the process for the next step, instead of returning it to the system.
 
-    Mapping and zeroing it again took a sixth to a third of a step on two cores. The names are from
-    glibc's mallopt(3); other C libraries have no such function.
+    The system zeroes memory before it hands it out again, which took a sixth to a third of a step
+    on two cores. The names are from glibc's mallopt(3); other C libraries have no such function.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     with contextlib.suppress(AttributeError, TypeError, OSError):
@@ -824,13 +830,13 @@ def compile_model(model, split, config: TrainConfig, device: torch.device, autoc
         return model
     compiled, reason, started = torch.compile(model, dynamic=False), "", time.perf_counter()
     x, y = get_batch(split, 0, config, device, get_rank(), get_world_size())
-    size = micro_batch_size(config)
+    size = sequences_per_pass(config)
     set_grad_sync(model, False)
     try:
         for i in (0, -1):  # the last micro batch may be smaller
             with autocast:
                 loss = compiled(x.split(size)[i], y.split(size)[i])
-            (0 * loss).backward()  # zeros: FSDP keeps gradients that are not yet averaged
+            (0 * loss).backward()  # by 0, as FSDP would add these gradients to the first update's
     except Exception as error:  # there are many ways to lack a compiler
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if config.parallel == "fsdp":  # the other ranks wait for shards of this one
@@ -874,15 +880,17 @@ def any_rank(signals: list[int]) -> int:
 def catch_signals() -> list[int]:
     """Return a list that receives SIGINT and SIGTERM; a second signal ends the program.
 
-    Under torchrun it does not: torchrun passes on to all ranks what the terminal sends them, too.
+    Not under torchrun: there each rank receives a Ctrl-C twice, from the terminal and torchrun.
     """
     received, signals = [], (signal.SIGINT, signal.SIGTERM)
 
     def handle(number, frame):
         received.append(number)
-        with contextlib.suppress(OSError):  # print is not allowed here
+        if dist.is_initialized():
+            return
+        with contextlib.suppress(OSError):  # print is not allowed in a signal handler
             os.write(1, b"stopping after this update; a second signal stops at once\n")
-        for each in signals if not dist.is_initialized() else ():
+        for each in signals:
             signal.signal(each, signal.SIG_DFL)
 
     for number in signals:
@@ -894,7 +902,7 @@ def catch_signals() -> list[int]:
 def process_group():
     """Join the ranks that torchrun started, if it did, and yield the id of the run.
 
-    The id is random, made once per launch, and survives restarts in the store of torchrun's agent.
+    The id is random and made once per launch: torchrun's store keeps it when ranks are restarted.
     """
     if "RANK" not in os.environ:
         yield secrets.token_hex(8)
@@ -905,9 +913,9 @@ def process_group():
         store, rank, world_size = next(rendezvous("env://", timeout=RENDEZVOUS))
         run_id = store.compare_set("run_id", "", secrets.token_hex(8)).decode()
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # several machines: see config/gpt2.py
-            # The agent's store has addresses from before a restart (pytorch/pytorch#135712).
+            # After a restart the store still has the old addresses (pytorch/pytorch#135712).
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
-        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # the store is new, too
+        elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # a new store per restart
             run_id = os.environ.get("TORCHELASTIC_RUN_ID", run_id)
         store.set(f"here {rank}", "")
         store.wait([f"here {each}" for each in range(world_size)], RENDEZVOUS)
@@ -975,6 +983,11 @@ def distribute(gpt: GPT, config: TrainConfig, device: torch.device, dtype) -> to
     model(idx, idx).backward()
     model.zero_grad()
     return model
+
+
+def is_sharded(gpt: GPT) -> bool:
+    """Return whether FSDP has left this rank a shard of each parameter."""
+    return hasattr(gpt, "reshard")
 
 
 def set_grad_sync(model: torch.nn.Module, sync: bool):
