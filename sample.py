@@ -19,7 +19,7 @@ from typing import Literal
 
 import prepare
 from config import UserError, parse, run, user_errors
-from model import GPT, choose_device, load_model, prepack
+from model import GPT, choose_device, load_checkpoint, load_model, prepack
 
 import torch
 
@@ -63,7 +63,8 @@ def main(argv: list[str]):
     config = parse(SampleConfig, argv)
     with user_errors():
         device, dtype = choose_device(config.device, config.dtype)
-        gpt, saved = load_model(config.init_from or config.ckpt)
+        name = config.init_from
+        gpt, saved = load_model(name) if name else load_checkpoint(config.ckpt)
     name = saved.pop("tokenizer", "gpt2")
     saved.clear()  # releases the optimizer's state
     if config.export:

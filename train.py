@@ -13,6 +13,7 @@ loss, backward pass, update. A batch follows from the seed and the step alone, s
 draws the same batches. Several processes (ranks) run the same loop, each on its share of a batch.
 """
 
+import atexit
 import contextlib
 import ctypes
 import itertools
@@ -285,7 +286,7 @@ def main(argv: list[str]):
             if step % config.checkpoint_interval == 0 and step < config.max_iters:
                 save()
         exit_code = log.finish(step, saved=save(), stopped_by=any_rank(signals))
-    sys.exit(exit_code)
+    leave(exit_code)
 
 
 def evaluate(gpt: GPT, splits: dict, config: TrainConfig, autocast, prompt, log, step) -> float:
@@ -464,9 +465,7 @@ def merge(config: TrainConfig, settings: dict, gpt: GPT, path: str) -> TrainConf
     optimizer; reports other changes.
     """
     shape = asdict(gpt.config)
-    given = dict(config.given)
-    if given.get("vocab_size") is None:
-        given.pop("vocab_size", None)
+    given = {x: value for x, value in config.given.items() if value is not None or x not in shape}
     for name, value in given.items():
         before = shape.get(name, settings.get(name, value))
         if before != value and (name in shape or name == "optimizer"):
@@ -933,6 +932,19 @@ def process_group():
         raise
     all_gather(None)  # torchrun ends all ranks at the first one's exit code
     dist.destroy_process_group()
+
+
+def leave(exit_code: int):
+    """End the program; under torchrun without Python's cleanup, in which gloo's threads may abort.
+
+    See https://github.com/pytorch/pytorch/pull/179291
+    """
+    if "RANK" in os.environ:
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)
 
 
 def check_ranks(config: TrainConfig, meta: dict, saved: dict, device: torch.device):

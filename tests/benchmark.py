@@ -1,45 +1,51 @@
-"""How fast this is, beside Hugging Face's GPT-2 and beside what the machine can do.
+"""Measure speed and memory, beside Hugging Face's GPT-2 and beside the machine's own limit.
 
-    python tests/benchmark.py                        every part, as a table (half an hour)
-    python tests/benchmark.py generation --json      one part, as JSON
-    python tests/benchmark.py training data          the training step; get_batch
-    python tests/benchmark.py growth                 larger models, longer contexts
-    python tests/benchmark.py corpus --rounds 1 --megabytes 2000    prepare.py beside tiktoken alone
-    python tests/benchmark.py parallel               one process and two
+    python tests/benchmark.py                      every part but gpu (twenty minutes on a CPU)
+    python tests/benchmark.py training data        the training step; get_batch
+    python tests/benchmark.py corpus --rounds 1 --megabytes 2000    prepare.py beside tiktoken
+    python tests/benchmark.py gpu --json gpu.jsonl                  a GPU, in three minutes
+    python tests/benchmark.py gpu --only training optimizers --budget 600
+    python tests/benchmark.py gpu --device cpu --tiny               the same code, tiny models
 
-The sides of a comparison take turns, after a round that does not count; figures are medians over
---rounds. Hugging Face's run in processes of their own, as their users start them: this project's
-settings of how memory is had would make them faster. Without the package transformers its rows are
-left out.
+The sides of a comparison take turns, after a round that does not count; figures are medians of
+--rounds. Hugging Face's sides run in processes of their own with PyTorch's defaults, as this
+project's memory settings would make them faster on a CPU. Without the package transformers, and
+for training without tiktoken, rows are left out or say so. --json PATH appends each row to a file,
+one JSON object per line. tests/README.md holds results.
 """
 
 import argparse
 import contextlib
-import hashlib
+import gc
 import json
+import math
 import multiprocessing
 import os
-import platform
-import random
 import re
+import resource
 import statistics
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import time
-import unittest.mock
+from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as train.py and sample.py do
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
-import prepare  # noqa: E402
-import train  # noqa: E402
-from model import GPT, GPTConfig, choose_device  # noqa: E402
+import model  # noqa: E402  (before torch: it sets environment variables)
+from model import GPT, GPTConfig  # noqa: E402
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+try:
+    import prepare
+    import train
+except ImportError as error:  # tiktoken
+    missing, train = error, None
 try:
     import transformers
 except ImportError:
@@ -47,90 +53,194 @@ except ImportError:
 
 
 def take_turns(sides: dict, rounds: int) -> dict[str, float]:
-    """Median seconds of each of the functions in `sides`, called in turn."""
+    """Return the median seconds of each function in `sides`, called in turn."""
     times = {name: [] for name in sides}
-    for round in range(rounds + 1):
+    for _ in range(rounds + 1):
         for name, side in sides.items():
             started = time.perf_counter()
             side()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if round:
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+            synchronize()
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def synchronize():
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory() -> float:
+    """Return the largest memory of this process so far in GB, on the GPU if there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def machine(device: torch.device) -> str:
-    """What the figures were taken on."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        lines = open("/proc/cpuinfo").read().splitlines()
-        name = next((x.split(": ")[1] for x in lines if x.startswith("model name")), name)
+    """Return the processor and the versions with which figures are taken."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    name = found[1] if found else "an unknown processor"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     libraries = f"torch {torch.__version__}"
     if transformers is not None:
         libraries += f", transformers {transformers.__version__}"
     threads = f"{torch.get_num_threads()} threads"
-    return f"{name}, {threads}, Python {platform.python_version()}, {libraries}"
+    return f"{name}, {threads}, Python {sys.version.split()[0]}, {libraries}"
 
 
-def serve(pipe, make, *args):
-    """Call what make(*args) returns, as often as the other end of `pipe` asks for it."""
-    side = make(*args)
-    while True:
-        pipe.send("ready")
-        pipe.recv()
-        side()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+def report(path: str | None, part: str, row: str, **values):
+    """Print a row; append it to the JSON lines file `path`, if there is one. NaNs are left out."""
+    found = {name: x if isinstance(x, str) else float(f"{x:.4g}") for name, x in values.items()}
+    found = {name: x for name, x in found.items() if x == x}
+    print(f"{part:<12} {row:<58}", *[f"{name} {x}" for name, x in found.items()], flush=True)
+    if path:
+        with open(path, "a") as file:
+            file.write(json.dumps({"part": part, "row": row} | found) + "\n")
+
+
+# --- A training step ------------------------------------------------------------------------------
+
+
+class Run:
+    """A model, its optimizers and its data, made as train.py makes them in a single process."""
+
+    def __init__(self, config, split=None):
+        self.config, self.step = config, 0
+        self.device, dtype, self.autocast, self.scaler = train.get_precision(config)
+        torch.manual_seed(config.seed)
+        with self.device:  # initial weights are drawn there
+            self.gpt = self.model = GPT(GPTConfig(**config.model_args())).train()
+        self.optimizers = model.make_optimizers(self.gpt, config, dtype)
+        random_tokens = np.random.default_rng(0).integers(config.vocab_size, size=2**20)
+        self.split = random_tokens.astype(np.uint16) if split is None else split
+
+
+def training_step(run: Run, stamp=lambda phase: None, host_check: bool = True):
+    """Make one update, like one pass of the loop in `train.main`; dropout is not seeded.
+
+    `stamp` is called after each phase. Without `host_check` the host does not wait for the loss to
+    see whether it is finite, and begins the next update while the GPU computes this one.
+    """
+    config, optimizers, scaler = run.config, run.optimizers, run.scaler
+    train.set_lr(optimizers, run.step, config)
+    x, y = train.get_batch(run.split, run.step, config, run.device)
+    size, loss = config.micro_batch_size or len(x), 0.0
+    stamp("get_batch")
+    for inputs, targets in zip(x.split(size), y.split(size)):
+        with run.autocast:
+            micro_loss = run.model(inputs, targets)
+        micro_loss = micro_loss * (len(inputs) / len(x))
+        stamp("forward pass and loss")
+        scaler.scale(micro_loss).backward()
+        stamp("backward pass")
+        loss += micro_loss.detach()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(run.gpt.parameters(), config.grad_clip or math.inf)
+    finite = not host_check or math.isfinite(sum(train.to_numbers(loss, norm)))
+    stamp("clipping")
+    for optimizer in optimizers:
+        if finite:
+            optimizer.step()
+        optimizer.zero_grad()
+    scaler.update()
+    stamp("optimizer")
+    run.step += 1
+
+
+def phases(run: Run, rounds: int) -> dict[str, float]:
+    """Return the median seconds of each phase of an update, waiting for the device after each."""
+    stamps = {}
+
+    def stamp(phase: str):
+        synchronize()
+        stamps.setdefault(phase, []).append(time.perf_counter())
+
+    for _ in range(rounds + 1):
+        stamp("start")
+        training_step(run, stamp)
+    found = {}
+    for before, (phase, times) in zip(stamps.values(), list(stamps.items())[1:]):
+        found[phase] = statistics.median(b - a for a, b in zip(before[1:], times[1:]))
+    return found
+
+
+def train_config(**settings):
+    """Return the settings of a run; by default GPT-2 124M with a constant learning rate."""
+    if train is None:
+        raise RuntimeError(f"rows that go through train.py need tiktoken: {missing}")
+    fixed = dict(vocab_size=50257, lr_schedule="constant", warmup_iters=0)
+    return train.TrainConfig(**fixed | settings)
+
+
+def matrix_products(config, batch_size: int, device, dtype, attention: bool = True):
+    """Return a function that computes only the matrix products of an update.
+
+    Each product of the forward pass takes two in the backward pass. `attention` includes those of
+    attention, without the causal mask.
+    """
+    B, T, C, H = batch_size, config.context_length, config.n_embd, config.n_head
+    matrix = partial(torch.randn, device=device, dtype=dtype)
+    shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
+    shapes = [(shape, config.n_layer) for shape in shapes] + [((C, config.vocab_size), 1)]
+    linears = [(matrix(B * T, i), matrix(o, i), matrix(B * T, o), n) for (i, o), n in shapes]
+    q = matrix(B * H, T, C // H)
+    weights = matrix(B * H, T, T) if attention else None
+
+    def run():
+        for x, weight, gradient, count in linears:
+            for _ in range(count):
+                x @ weight.T, gradient @ weight, gradient.T @ x
+        for _ in range(3 * config.n_layer if attention else 0):
+            q @ q.mT, weights @ q
+
+    return run
+
+
+# --- Hugging Face ---------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def apart(make, *args):
-    """A function that calls what make(*args) returns, in a process that has PyTorch's defaults."""
-    here, there = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=serve, args=(there, make, *args))
-    with unittest.mock.patch.dict(os.environ, THP_MEM_ALLOC_ENABLE="0"):
-        process.start()
-    there.close()  # so that `here` is told if the process ends
-
-    def side():
-        here.send("go")
-        here.recv()
-
-    try:
-        here.recv()
-        yield side
-    finally:
-        process.terminate()
-        process.join()
+    """Yield a function that calls make(*args)() in a process with PyTorch's default settings."""
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # this process has read it already
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(start, (make, *args))
+        yield lambda: pool.apply(call)
 
 
-def hugging_face(device, dtype):
-    """Their GPT-2 124M with its own settings, of which dropout 0.1 is one, and random weights."""
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config()).to(device, dtype)
+def start(make, *args):
+    globals()["side"] = make(*args)
 
 
-def hugging_face_writes(device, dtype, new: int):
-    """A function that has their model write so many tokens after 16."""
-    gpt = hugging_face(device, dtype).eval()
-    prompt = torch.randint(50257, (1, 16), device=device)
+def call():
+    side()  # noqa: F821  (of this process, made by `start`)
+    synchronize()
+
+
+def hugging_face_generates(device, dtype, new: int, rows: int = 1, **shape):
+    """Return a function that generates `new` tokens after 16 with transformers' GPT-2."""
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).to(device, dtype).eval()
+    prompt = torch.randint(gpt.config.vocab_size, (rows, 16), device=device)
     gpt.generation_config.eos_token_id = None  # never ends early
     options = dict(attention_mask=torch.ones_like(prompt), pad_token_id=0, do_sample=False)
     return lambda: gpt.generate(prompt, max_new_tokens=new, **options)
 
 
-def hugging_face_trains(device, B: int, T: int, autocast: bool):
-    """A function that makes an update of their model on (B, T) tokens."""
-    gpt = hugging_face(device, torch.float32).train()
-    idx = torch.randint(50257, (B, T), device=device)
-    optimizer = torch.optim.AdamW(gpt.parameters(), lr=6e-4, weight_decay=0.1)
-    model = torch.compile(gpt) if device.type == "cuda" else gpt
+def hugging_face_trains(device, B: int, T: int, autocast: bool, compile=None, **shape):
+    """Return a function that makes an update of transformers' GPT-2 on (B, T) tokens."""
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).to(device).train()
+    idx = torch.randint(gpt.config.vocab_size, (B, T), device=device)
+    # On a CPU with PyTorch's defaults; on a GPU as their Trainer does.
+    optimizer = torch.optim.AdamW(gpt.parameters(), 6e-4, weight_decay=0.1, fused=idx.is_cuda)
+    theirs = compile(gpt) if compile else gpt
 
     def step():
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            loss = model(idx, labels=idx).loss
+            loss = theirs(input_ids=idx, labels=idx, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
         optimizer.step()
@@ -139,416 +249,325 @@ def hugging_face_trains(device, B: int, T: int, autocast: bool):
     return step
 
 
-def seconds_to_read(bytes: int, device) -> float:
-    """The least time in which so many bytes go through the processor."""
-    numbers = torch.ones(bytes // 4, device=device)
-    return take_turns({"read": numbers.sum}, 7)["read"]
-
-
-# --- Generation -----------------------------------------------------------------------------------
+# --- Parts for a CPU ------------------------------------------------------------------------------
 
 
 def generation(rounds: int) -> dict[str, float]:
     """124M parameters, a prompt of 16 tokens, 200 new ones, greedy."""
-    device, dtype = choose_device()
-    new, prompt = 200, torch.randint(50257, (1, 16), device=device)
-
-    def ours(dtype):
-        gpt = GPT(GPTConfig()).to(device, dtype).eval()
-        return gpt.pack() if device.type == "cpu" else gpt
+    device, dtype = model.choose_device()
+    best = str(dtype).removeprefix("torch.")
 
     def write(gpt, rows=1):
-        idx, options = prompt.expand(rows, -1), dict(temperature=0, compile=device.type == "cuda")
-        return torch.inference_mode()(lambda: gpt.generate(idx, new, **options))  # as sample.py
+        idx = torch.randint(50257, (1, 16), device=device).expand(rows, -1)
+        return torch.inference_mode()(lambda: gpt.generate(idx, 200, temperature=0))
 
-    @torch.inference_mode()
-    def per_token(gpt, length, count=20):
-        idx = torch.randint(50257, (1, length), device=device)
-        stream = gpt.stream(idx, count + 1, temperature=0, compile=device.type == "cuda")
-        next(stream)  # the prompt
-        started = time.perf_counter()
-        for _ in stream:
-            pass
-        return 1000 * (time.perf_counter() - started) / count
-
-    best = str(dtype).removeprefix("torch.")
-    gpt = ours(dtype)
-    sides = {"this project, float32": write(gpt if best == "float32" else ours(torch.float32))}
-    sides[f"this project, {best}"] = write(gpt)
-    sides["this project, 10 samples at once"] = write(gpt, 10)
-    found = {}
+    plain = GPT(GPTConfig()).to(device).eval()
+    float32, packed = model.prepack(plain), model.prepack(plain, dtype)  # as sample.py does
+    sides = {"float32": write(float32), best: write(packed), "10 samples": write(packed, 10)}
+    sides[f"GPT.generate in {best}"] = write(plain.to(dtype))
     with contextlib.ExitStack() as stack:
         for name in ("float32", "bfloat16") if transformers is not None else ():
-            theirs = apart(hugging_face_writes, device, getattr(torch, name), new)
+            theirs = apart(hugging_face_generates, device, getattr(torch, name), 200)
             sides[f"Hugging Face, {name}"] = stack.enter_context(theirs)
         times = take_turns(sides, rounds)
-    for name, seconds in times.items():
-        found[f"{name}: tokens/s"] = new * (10 if "10" in name else 1) / seconds
-    multiplied = sum(x.numel() for x in GPT(GPTConfig()).parameters() if x.dim() == 2) - 1024 * 768
-    for name, size in {"float32": 4, best: dtype.itemsize}.items():
-        limit = 1 / seconds_to_read(size * multiplied, device)
+    found = {f"{name}: tokens/s": 200 / seconds for name, seconds in times.items()}
+    found["10 samples: tokens/s"] *= 10
+    for name in {"float32": 0, best: 0}:
+        size = getattr(torch, name).itemsize * model.count_parameters(GPTConfig())[1]
+        numbers = torch.ones(size // 4, device=device)
+        limit = 1 / take_turns({"read": numbers.sum}, 7)["read"]
         found[f"reading the {name} weights once per token: tokens/s"] = limit
-        found[f"this project's share of that, {name}"] = (
-            found[f"this project, {name}: tokens/s"] / limit
-        )
-    one = found[f"this project, {best}: tokens/s"]
-    found["10 samples / 1 sample"] = found["this project, 10 samples at once: tokens/s"] / one
-    if transformers is not None:
-        mine = found["this project, float32: tokens/s"]
-        found["this project / Hugging Face, float32"] = (
-            mine / found["Hugging Face, float32: tokens/s"]
-        )
-        label = f"this project, {best} / Hugging Face, bfloat16"
-        found[label] = one / found["Hugging Face, bfloat16: tokens/s"]
-    costs = [(per_token(gpt, 100), per_token(gpt, 1000)) for _ in range(rounds + 1)][1:]
-    for length, cost in zip((100, 1000), zip(*costs)):
-        found[f"after {length:,} tokens: ms per token"] = statistics.median(cost)
+        found[f"share of that, {name}"] = found[f"{name}: tokens/s"] / limit
+    for length in (100, 1000):
+        stream = packed.stream(torch.randint(50257, (1, length), device=device), 21, temperature=0)
+        next(stream)  # the prompt
+        seconds = take_turns({"token": partial(next, stream)}, 19)["token"]
+        found[f"after {length:,} tokens: ms per token"] = 1000 * seconds
     return found
-
-
-# --- Training -------------------------------------------------------------------------------------
-
-
-class Step:
-    """Updates of a model by this project, on random tokens, as train.py makes them."""
-
-    def __init__(self, batch_size: int, **settings):
-        self.config = train.TrainConfig(
-            **dict(vocab_size=50257, batch_size=batch_size, micro_batch_size=batch_size) | settings
-        )
-        self.device, _, self.autocast, self.scaler = train.precision(self.config)
-        self.gpt = GPT(GPTConfig(**self.config.model_args())).to(self.device).train()
-        self.optimizers = train.make_optimizers(self.gpt, self.config)
-        self.model = train.compiled(self.gpt, self.config, self.device, self.autocast)
-        shape = (batch_size, self.config.context_length)
-        self.batch = [torch.randint(50257, shape, device=self.device) for _ in range(2)]
-
-    def __call__(self):
-        how = (self.model, self.optimizers, self.scaler, self.autocast)
-        train.update(*how, self.batch, self.config, 0)
-
-    def phases(self) -> dict[str, float]:
-        """Seconds of each phase of one update."""
-        stamps = []
-
-        def stamp(*_):
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            stamps.append(time.perf_counter())
-
-        hook = self.gpt.lm_head.register_forward_pre_hook(stamp)
-        stamp()
-        with self.autocast:
-            loss = self.gpt(*self.batch)
-        stamp()
-        loss.backward()
-        stamp()
-        torch.nn.utils.clip_grad_norm_(self.gpt.parameters(), 1.0)
-        stamp()
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        stamp()
-        hook.remove()
-        names = ("forward", "head and loss", "backward", "clip", "optimizer")
-        return {name: b - a for name, a, b in zip(names, stamps, stamps[1:])}
-
-
-def matrix_products(config, batch_size: int, device, dtype):
-    """All matrix products of an update and nothing else: forward, and twice that backward."""
-    B, T, C, H = batch_size, config.context_length, config.n_embd, config.n_head
-    shapes = [(C, 3 * C), (C, C), (C, 4 * C), (4 * C, C)]
-    shapes = [(shape, config.n_layer) for shape in shapes] + [((C, config.vocab_size), 1)]
-
-    def matrix(*shape):
-        return torch.randn(*shape, device=device, dtype=dtype)
-
-    linears = [(matrix(B * T, i), matrix(o, i), matrix(B * T, o), n) for (i, o), n in shapes]
-    q, attention = matrix(B * H, T, C // H), matrix(B * H, T, T)
-
-    def run():
-        for x, weight, gradient, count in linears:
-            for _ in range(count):
-                x @ weight.T, gradient @ weight, gradient.T @ x
-        for _ in range(3 * config.n_layer):
-            q @ q.mT, attention @ q
-
-    return run
-
-
-def peak_memory() -> float:
-    """Largest memory so far, in GB: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def training(rounds: int) -> dict[str, float]:
-    """A step of GPT-2 124M with dropout 0.1, 2 x 256 tokens on a CPU, 16 x 1,024 on a GPU."""
-    device, dtype = choose_device()
-    B, T = (16, 1024) if device.type == "cuda" else (2, 256)
-    ours = Step(B, context_length=T, dropout=0.1)
-    sides = {"this project": ours}
-    sides["matrix products alone"] = matrix_products(ours.config, B, device, dtype)
-
-    autocast = {"float32": False}
-    if dtype == torch.bfloat16:  # others need half a minute for a step in it
-        autocast["bfloat16 autocast"] = True
+    """A step of GPT-2 124M with dropout 0.1 and 2 x 256 tokens."""
+    device, dtype = model.choose_device()
+    run = Run(train_config(batch_size=2, context_length=256, dropout=0.1))
+    sides = {"this project": partial(training_step, run)}
+    take_turns(sides, 2)
+    found = {"peak memory: GB": peak_memory()}
+    sides["matrix products alone"] = matrix_products(run.config, 2, device, dtype)
+    # Processors without instructions for bfloat16 need half a minute for a step in it.
+    dtypes = {"float32": False} | ({"bfloat16": True} if dtype == torch.bfloat16 else {})
     with contextlib.ExitStack() as stack:
-        for name, enabled in autocast.items() if transformers is not None else ():
-            theirs = apart(hugging_face_trains, device, B, T, enabled)
+        for name, autocast in dtypes.items() if transformers is not None else ():
+            theirs = apart(hugging_face_trains, device, 2, 256, autocast)
             sides[f"Hugging Face, {name}"] = stack.enter_context(theirs)
-        seconds = take_turns(sides, rounds)
-    found = {f"{name}: seconds": value for name, value in seconds.items()}
-    mine = seconds["this project"]
-    found["this project: tokens/s"] = B * T / mine
-    for name, value in seconds.items():
-        if name != "this project":
-            found[f"{name} / this project"] = value / mine
-    if device.type == "cuda" and (peak := train.peak_flops(torch.cuda.get_device_name(device))):
-        found["this project: MFU"] = B * T / mine * ours.gpt.flops_per_token() / peak
-    phases = [ours.phases() for _ in range(rounds + 1)][1:]
-    for name in phases[0]:
-        found[f"{name}: seconds"] = statistics.median(phase[name] for phase in phases)
-    for name, value in data(rounds).items():
-        found[f"get_batch {name.removesuffix(': ms')}: share of the step"] = value / 1000 / mine
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        settings = dict(batch_size=B, context_length=T, dropout=0.1)
-        found["peak memory: GB"] = pool.apply(measure, (settings,))[1]
-    return found
+        times = take_turns(sides, rounds)
+    found |= {f"{name}: seconds": seconds for name, seconds in times.items()}
+    mine = times.pop("this project")
+    found |= {f"{name} / this project": seconds / mine for name, seconds in times.items()}
+    return found | {f"{name}: seconds": seconds for name, seconds in phases(run, rounds).items()}
 
 
 def data(rounds: int) -> dict[str, float]:
     """get_batch of 2 x 256 tokens from a small file and from a huge one, in milliseconds."""
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
+    found, config = {}, train_config(batch_size=2, context_length=256)
+    with tempfile.NamedTemporaryFile() as file:
         for name, size in {"10 MB": 10**7, "10 GB": 10**10}.items():
-            path = Path(folder) / "train.bin"
-            with open(path, "wb") as file:
-                file.truncate(size)  # sparse: it takes no room on the disk
-            split = prepare.map_ids(path, "uint16")
-            steps = iter(range(10**9))
-
-            def fetch(split=split, steps=steps):
-                for _ in range(100):
-                    train.get_batch(split, next(steps), batch_size=2, context_length=256, seed=1)
-
-            found[f"of {name}: ms"] = take_turns({"get_batch": fetch}, rounds)["get_batch"] * 10
+            file.truncate(size)  # sparse: it takes no room on the disk
+            fetch = partial(train.get_batch, prepare.open_memmap(file.name, "uint16"), 1, config)
+            seconds = take_turns({"get_batch": fetch}, 100 * rounds)["get_batch"]
+            found[f"of {name}: ms"] = 1000 * seconds
     return found
 
 
-def measure(settings: dict) -> tuple[float, float]:
-    """Tokens per second and GB of memory of a training step, in a process of its own."""
-    step = Step(**settings)
-    tokens = settings["batch_size"] * settings["context_length"]
-    return tokens / take_turns({"step": step}, 2)["step"], peak_memory()
-
-
-def growth(rounds: int) -> dict[str, float]:
-    """Training steps as the model grows (context 256) and as the context grows (30M)."""
-    shapes = {"10M": (4, 4, 128), "30M": (6, 6, 384), "124M": (12, 12, 768), "350M": (24, 16, 1024)}
-    cases = {f"{size} parameters": (size, 2, 256) for size in shapes}
-    cases |= {f"context {T:,}": ("30M", 1, T) for T in (256, 1024, 4096)}
-    found = {}
-    for name, (size, batch_size, T) in cases.items():
-        n_layer, n_head, n_embd = shapes[size]
-        settings = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
-        settings |= dict(batch_size=batch_size, context_length=T)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            rate, memory = pool.apply(measure, (settings,))
-        found[f"{name}: tokens/s"], found[f"{name}: GB"] = rate, memory
-    return found
-
-
-# --- Large corpora --------------------------------------------------------------------------------
-
-
-def write_corpus(folder: Path, megabytes: int) -> dict[str, int]:
-    """Bytes of text in folder/jsonl, of shards, and in folder/one.txt, a single text of as much.
-
-    The texts are Python's own sources and what its packages say of themselves, over and over, with
-    small changes.
-    """
-    library = Path(sysconfig.get_path("stdlib"))
-    paths = [x for x in library.rglob("*.py") if "site-packages" not in x.parts]
-    paths += library.rglob("METADATA")
-    sources = [path.read_text(encoding="utf-8", errors="ignore") for path in sorted(paths)]
-    random.Random(0).shuffle(sources)
-    (folder / "jsonl").mkdir()
-    size = turn = 0
-    with open(folder / "one.txt", "wb") as one:
+def corpus(rounds: int, megabytes: int = 200) -> dict[str, float]:
+    """prepare.py on Python's own sources, repeated, by 1 and 2 workers; tiktoken in one thread."""
+    paths = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in paths]
+    tokenizer, rows, text, size = prepare.get_tokenizer("gpt2"), {}, "".join(texts), 0
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkdir(f"{folder}/corpus")
         while size < megabytes * 1e6:
-            with open(folder / f"jsonl/{turn:04d}.jsonl", "w") as shard:
-                for source in sources:
-                    text = f"# {turn}\n" + source.replace("self", f"self{turn}")
-                    size += one.write(text.encode())
-                    shard.write(json.dumps({"text": text}) + "\n")
-                    if size >= megabytes * 1e6:
-                        break
-            turn += 1
-    return {"jsonl": size, "one.txt": size}
+            turn = [each.replace("self", f"self{size}") for each in texts]
+            with open(f"{folder}/corpus/{size}.jsonl", "w") as file:
+                file.writelines(json.dumps({"text": each}) + "\n" for each in turn)
+            size += sum(len(each.encode()) for each in turn)
+        for _ in range(rounds):
+            seconds = take_turns({"": lambda: tokenizer.encode_ordinary(text)}, 2)[""]
+            rows.setdefault("tiktoken alone: MB/s", []).append(len(text.encode()) / seconds / 1e6)
+            for workers in (1, 2):
+                seconds, memory = run_prepare(folder, workers)
+                rows.setdefault(f"{workers} workers: MB/s", []).append(size / seconds / 1e6)
+                rows.setdefault(f"{workers} workers: GB of memory", []).append(memory)
+    return {row: statistics.median(values) for row, values in rows.items()}
 
 
-def tiktoken_alone(folder: Path, megabytes: int = 20) -> tuple[float, float]:
-    """Seconds and seconds of CPU time that tiktoken takes per MB of the corpus, in one thread."""
-    tokenizer, size, texts = prepare.get_tokenizer("gpt2"), 0, []
-    for line in open(folder / "jsonl/0000.jsonl"):
-        texts.append(json.loads(line)["text"])
-        size += len(texts[-1].encode())
-        if size > megabytes * 1e6:
-            break
-    started, cpu = time.perf_counter(), time.process_time()
-    for text in texts:
-        tokenizer.encode_ordinary(text)
-    return 1e6 * (time.perf_counter() - started) / size, 1e6 * (time.process_time() - cpu) / size
-
-
-def run_prepare(folder: Path, source: str, workers: int) -> tuple[float, float, float, str]:
-    """Seconds, seconds of CPU time, peak GB of memory (Linux) and a hash of the ids of a run."""
-    script = Path(__file__).parent.parent / "prepare.py"
-    argv = [sys.executable, script, source, "--dataset=d", f"--workers={workers}"]
-    started, before, peak = time.perf_counter(), os.times(), 0
+def run_prepare(folder: str, workers: int) -> tuple[float, float]:
+    """Return the seconds of prepare.py on folder/corpus, and its peak memory in GB (Linux)."""
+    argv = [sys.executable, ROOT / "prepare.py", "corpus", f"--workers={workers}"]
+    started, peak = time.perf_counter(), 0
     process = subprocess.Popen(argv, cwd=folder, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         with contextlib.suppress(OSError):
             status = Path(f"/proc/{process.pid}/status").read_text()
             peak = max([peak, *map(int, re.findall(r"VmHWM:\s*(\d+) kB", status))])
         time.sleep(0.05)
-    seconds, after = time.perf_counter() - started, os.times()
     assert process.returncode == 0
-    digest = hashlib.sha256()
-    for split in ("train", "val"):
-        with open(folder / f"data/d/{split}.bin", "rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    cpu = sum(after[2:4]) - sum(before[2:4])  # of children that ended
-    return seconds, cpu, peak * 1024 / 1e9, digest.hexdigest()
+    return time.perf_counter() - started, peak * 1024 / 1e9
 
 
-def corpus(rounds: int, megabytes: int = 200) -> dict[str, float]:
-    """prepare.py by 1 and 2 workers; tiktoken alone, in one thread, before and after each run.
-
-    The output has to be the same. Where other programs take a part of the machine, CPU time says
-    more than the clock.
-    """
-    rows, hashes = {}, {}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        sizes = write_corpus(folder, megabytes)
-        for _ in range(rounds):
-            for source, size in sizes.items():
-                for workers in (1, 2):
-                    before = tiktoken_alone(folder)
-                    seconds, cpu, memory, digest = run_prepare(folder, source, workers)
-                    alone, alone_cpu = map(statistics.mean, zip(before, tiktoken_alone(folder)))
-                    assert hashes.setdefault(source, digest) == digest
-                    label = f"{source}, {workers} workers"
-                    rate = size / seconds / 1e6
-                    found = {
-                        "tiktoken alone: MB/s": 1 / alone,
-                        f"{label}: MB/s": rate,
-                        f"{label}: share of tiktoken's rate per worker": rate * alone / workers,
-                        f"{label}: share of its rate per CPU second": size * alone_cpu / cpu / 1e6,
-                        f"{label}: GB of memory": memory,
-                    }
-                    for row, value in found.items():
-                        rows.setdefault(row, []).append(value)
-    return {row: statistics.median(values) for row, values in rows.items()}
+# --- A GPU ----------------------------------------------------------------------------------------
 
 
-# --- Several processes ----------------------------------------------------------------------------
+class Card:
+    """A GPU, the sizes of models for it, and the FLOP/s of its matrix products in bfloat16."""
+
+    def __init__(self, device: str, tiny: bool):
+        self.device = model.choose_device(device)[0]
+        if self.device.type == "cpu" and not tiny:
+            sys.exit("there is no GPU here; --device cpu --tiny runs the same code, tiny")
+        # 50,257 tokens are rounded up to a multiple of 64, as in nanoGPT, for fast products.
+        gpt2 = dict(context_length=1024, vocab_size=50304)
+        large = gpt2 | dict(n_layer=24, n_head=16, n_embd=1024)
+        small = dict(n_layer=6, n_head=6, n_embd=384, context_length=256, vocab_size=256)
+        self.sizes = {"124M": gpt2, "350M": large, "11M": small}
+        self.sizes["124M, vocabulary 50,257"] = gpt2 | dict(vocab_size=50257)
+        backend, self.square, self.new = "inductor", 8192, 200
+        if tiny:
+            backend, self.square, self.new = "aot_eager", 256, 8
+            shape = dict(n_layer=1, n_head=2, n_embd=16, context_length=32, vocab_size=64)
+            self.sizes = dict.fromkeys(self.sizes, shape)
+        self.compile = partial(torch.compile, dynamic=False, backend=backend)
+        self.peak = math.nan
+        if self.device.type == "cuda" and train is not None:
+            self.peak = train.peak_flops(torch.cuda.get_device_name(self.device)) or math.nan
+        self.ceiling = self.product(self.square, self.square, self.square)
+
+    def product(self, m: int, k: int, n: int) -> float:
+        """Return the FLOP/s of a product of random bfloat16 matrices (m, k) and (k, n)."""
+        a = torch.randn(m, k, device=self.device, dtype=torch.bfloat16)
+        b = torch.randn(n, k, device=self.device, dtype=torch.bfloat16)
+        return 2 * m * k * n / seconds_per_call(lambda: a @ b.T)
+
+    def speed(self, step, shape: dict, batch_size: int) -> dict:
+        """Return speed and memory of `step`, an update of a model of `shape`."""
+        config, started = GPTConfig(**shape), time.perf_counter()
+        step()
+        synchronize()
+        first = time.perf_counter() - started
+        seconds = seconds_per_call(step)
+        rate = batch_size * config.context_length / seconds
+        flops = rate * model.flops_per_token(config)
+        found = {"tokens/s": rate, "ms": 1000 * seconds, "% MFU": 100 * flops / self.peak}
+        found |= {"% of ceiling": 100 * flops / self.ceiling, "GB": peak_memory()}
+        return found | {"s for the first update": first}
+
+    def hugging_face(self, size: str) -> dict:
+        """Return a size as fields of transformers' GPT2Config, without dropout."""
+        if transformers is None:
+            raise RuntimeError("transformers is not installed")
+        fields = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="sdpa")
+        fields |= self.sizes[size]
+        return fields | dict(n_positions=fields.pop("context_length"))
 
 
-def updates(settings: dict, processes: int) -> tuple[float, float, float]:
-    """Median seconds of an update, of one without synchronising, and of adding up as much alone.
+def seconds_per_call(call) -> float:
+    """Return the seconds of a call: median of 3 groups of at least 4 calls, after 3 warm-ups."""
 
-    By this process, which is one of so many; each has its share of the batch.
-    """
-    config = train.TrainConfig(**settings)
-    device, dtype, autocast, scaler = train.precision(config)
+    def group(count: int) -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            call()
+        synchronize()
+        return (time.perf_counter() - started) / count
+
+    count = max(4, math.ceil(0.2 / group(3)))
+    return statistics.median(group(count) for _ in range(3))
+
+
+def ceiling(card: Card) -> dict:
+    """Return the rate of large square products, to which other rows are compared."""
+    return {"TFLOP/s": card.ceiling / 1e12, "% of data sheet": 100 * card.ceiling / card.peak}
+
+
+def products(card: Card, size: str, batch_size: int) -> dict:
+    """Return the TFLOP/s of the forward pass's matrix products, and of all in an update."""
+    config = GPTConfig(**card.sizes[size])
+    M, C = batch_size * config.context_length, config.n_embd
+    shapes = {"qkv": (C, 3 * C), "projection": (C, C), "MLP in": (C, 4 * C), "MLP out": (4 * C, C)}
+    shapes["head"] = (C, config.vocab_size)
+    found = {name: card.product(M, k, n) / 1e12 for name, (k, n) in shapes.items()}
+    every = matrix_products(config, batch_size, card.device, torch.bfloat16, attention=False)
+    flops = 6 * M * model.count_parameters(config)[1]
+    return found | {"all": flops / seconds_per_call(every) / 1e12}
+
+
+@torch.no_grad()
+def agreement(card: Card, size: str, batch_size: int) -> dict:
+    """Return the loss of one batch on the CPU, and the differences of losses on the GPU."""
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(**config.model_args())).train()
-    model = train.distribute(gpt, config, device, dtype)
-    how = (model, train.make_optimizers(gpt, config), scaler, autocast)
-    shape = (config.batch_size // processes, config.context_length)
-    batch = [torch.randint(config.vocab_size, shape, device=device) for _ in range(2)]
-    gradients = torch.zeros(gpt.num_parameters(), device=device)
-
-    synchronize = train.synchronize
-
-    def alone():
-        train.synchronize = lambda model, now: synchronize(model, False)
-        train.update(*how, batch, config, 0)
-        train.synchronize = synchronize
-
-    sides = {"update": lambda: train.update(*how, batch, config, 0)}
-    if processes > 1 and config.parallel == "ddp":
-        sides["alone"] = alone
-        sides["sum"] = lambda: train.all_reduce(gradients)
-    seconds = take_turns(sides, 3)
-    return tuple(seconds.get(name, 0.0) for name in ("update", "alone", "sum"))
+    gpt = GPT(GPTConfig(**card.sizes[size])).eval()
+    idx = torch.randint(gpt.config.vocab_size, (batch_size, gpt.config.context_length + 1))
+    cpu = gpt(idx[:, :-1], idx[:, 1:]).item()
+    gpt, idx = gpt.to(card.device), idx.to(card.device)
+    float32 = gpt(idx[:, :-1], idx[:, 1:]).item()
+    with torch.autocast(card.device.type, torch.bfloat16):
+        bfloat16 = gpt(idx[:, :-1], idx[:, 1:]).item()
+    return {"CPU loss": cpu, "float32": float32 - cpu, "bfloat16": bfloat16 - cpu}
 
 
-def parallel(rounds: int) -> dict[str, float]:
-    """A batch of 4 x 256 tokens by one process with 2 threads, and by 2 with one each (gloo)."""
-    found = {}
-    for size, (n_layer, n_head, n_embd) in {"10M": (4, 4, 128), "124M": (12, 12, 768)}.items():
-        settings = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, vocab_size=50257)
-        settings |= dict(batch_size=4, context_length=256, device="cpu", dtype="float32")
-        for processes, how in ((1, "ddp"), (2, "ddp"), (2, "fsdp")):
-            argv = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-            argv = [*argv, f"--nproc_per_node={processes}"] if processes > 1 else argv[:1]
-            argv += [__file__, "--updates", json.dumps(settings | {"parallel": how})]
-            environment = os.environ | {"OMP_NUM_THREADS": str(2 // processes)}
-            done = subprocess.run(argv, env=environment, stdout=subprocess.PIPE, text=True)
-            update, alone, total = json.loads(done.stdout.splitlines()[-1])
-            label = f"{size}, {processes} process{'es' * (processes > 1)}"
-            label += f", {how}" if processes > 1 else ""
-            found[f"{label}: seconds"] = update
-            if processes > 1 and how == "ddp":
-                found[f"{label}: seconds without synchronising"] = alone
-                found[f"{label}: seconds to add up the gradients alone"] = total
-    return found
+def gpu_run(card: Card, size: str, dtype: str = "bfloat16", **settings) -> Run:
+    return Run(train_config(device=card.device.type, dtype=dtype, **card.sizes[size], **settings))
 
 
-@train.together()
-def print_updates(settings: str):
-    print(json.dumps(updates(json.loads(settings), train.processes())), flush=True)
+def step(card: Card, size: str, batch_size: int, compiled=False, dtype="bfloat16") -> dict:
+    """Return speed and memory of an update, with and without `host_check`; float32 is TF32."""
+    torch.set_float32_matmul_precision("high" if dtype == "float32" else "highest")
+    run = gpu_run(card, size, dtype, batch_size=batch_size)
+    run.model = card.compile(run.gpt) if compiled else run.gpt
+    found = card.speed(partial(training_step, run), card.sizes[size], batch_size)
+    seconds = seconds_per_call(partial(training_step, run, host_check=False))
+    torch.set_float32_matmul_precision("highest")
+    return found | {"ms without host check": 1000 * seconds}
 
 
-PARTS = {"generation": generation, "training": training, "data": data, "growth": growth}
-PARTS |= {"corpus": corpus, "parallel": parallel}
+def step_phases(card: Card, **settings) -> dict:
+    """Return the milliseconds of each phase of an update, and the optimizer's share."""
+    found = phases(gpu_run(card, **settings), 10)
+    share = 100 * found["optimizer"] / sum(found.values())
+    found = {f"{name} ms": 1000 * seconds for name, seconds in found.items()}
+    return found | {"% optimizer": share}
+
+
+def hugging_face(card: Card, size: str, batch_size: int, compiled: bool = False) -> dict:
+    """Return speed and memory of an update of transformers' GPT-2 with fused AdamW."""
+    shape, fields = card.sizes[size], card.hugging_face(size)
+    options = dict(autocast=True, compile=card.compile if compiled else None, **fields)
+    update = hugging_face_trains(card.device, batch_size, shape["context_length"], **options)
+    return card.speed(update, shape, batch_size)
+
+
+def generate(card: Card, size: str, sequences: int, theirs=False, **options) -> dict:
+    """Return the speed of generation in bfloat16 after prompts of 16 tokens; greedy by default."""
+    new, where = card.new, (card.device, torch.bfloat16)
+    if theirs:
+        writer = hugging_face_generates(*where, new, sequences, **card.hugging_face(size))
+    else:
+        gpt = GPT(GPTConfig(**card.sizes[size])).to(*where).eval()
+        idx = torch.randint(gpt.config.vocab_size, (sequences, 16), device=card.device)
+        options = options or dict(temperature=0)
+        writer = torch.inference_mode()(lambda: gpt.generate(idx, new, **options))
+    seconds = take_turns({"": writer}, 3)[""]
+    return {"tokens/s": sequences * new / seconds, "ms per token": 1000 * seconds / new}
+
+
+# Part, function, its arguments; the most telling rows first, as the time budget may end them.
+GPT2 = dict(size="124M", batch_size=16)
+ROWS = [
+    ("ceiling", ceiling, {}),
+    ("ceiling", products, GPT2),
+    ("agreement", agreement, dict(size="124M", batch_size=2)),
+    *[("training", step, GPT2 | dict(batch_size=B)) for B in (16, 8, 32)],
+    ("training", step, GPT2 | dict(compiled=True)),
+    *[("hugging_face", hugging_face, GPT2 | dict(compiled=x)) for x in (False, True)],
+    *[("small", step, dict(size="11M", batch_size=64, compiled=x)) for x in (False, True)],
+    *[("generation", generate, dict(size="124M", sequences=B)) for B in (1, 64)],
+    ("generation", generate, dict(size="124M", sequences=1, temperature=0.8, top_k=50)),
+    *[("generation", generate, dict(size="124M", sequences=B, theirs=True)) for B in (1, 64)],
+    *[("optimizers", step_phases, GPT2 | dict(optimizer=name)) for name in ("adamw", "muon")],
+    *[("precision", step, GPT2 | dict(dtype=dtype)) for dtype in ("float16", "float32")],
+    ("large", step, dict(size="350M", batch_size=8)),
+    ("training", step, dict(size="124M, vocabulary 50,257", batch_size=16)),
+    ("training", step, GPT2 | dict(batch_size=64)),
+    *[("training", step, GPT2 | dict(batch_size=B, compiled=True)) for B in (32, 8, 64)],
+    ("large", step, dict(size="350M", batch_size=8, compiled=True)),
+]
+
+
+def gpu(args):
+    """Measure and report the rows of ROWS that `--only` admits, until the time budget is spent."""
+    end, card = time.perf_counter() + args.budget, Card(args.device, args.tiny)
+    report(args.json, "gpu", machine(card.device))
+    for part, measure, settings in [row for row in ROWS if row[0] in (args.only or row)]:
+        found = {"note": "skipped: the time budget is spent"}
+        if time.perf_counter() < end:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                found = measure(card, **settings)
+            except Exception as error:  # out of memory, say, which must not end the other rows
+                found = {"note": f"failed: {model.one_line(error)[:120]}"}
+        row = [settings.get("size", ""), *[f"{x} {y}" for x, y in settings.items() if x != "size"]]
+        report(args.json, part, f"{measure.__name__} {', '.join(row)}", **found)
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+PARTS = {"generation": generation, "training": training, "data": data, "corpus": corpus}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; none: all"
-    )
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}, gpu")
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count [3]")
     parser.add_argument("--megabytes", type=int, default=200, help="of text for corpus [200]")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--updates", help=argparse.SUPPRESS)  # what `parallel` starts
+    parser.add_argument("--json", metavar="PATH", help="append each row to a JSON lines file")
+    parser.add_argument("--only", nargs="+", choices={part for part, *_ in ROWS}, help="of gpu")
+    parser.add_argument("--budget", type=float, default=170, help="seconds for gpu [170]")
+    parser.add_argument("--device", default="auto", help="for gpu [the GPU]")
+    parser.add_argument("--tiny", action="store_true", help="gpu with tiny models")
     args = parser.parse_args()
-    if args.updates:
-        return print_updates(args.updates)
-    if unknown := set(args.parts) - set(PARTS):
-        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    found = {"machine": machine(choose_device()[0])}
+    if unknown := set(args.parts) - {*PARTS, "gpu"}:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}, gpu")
+    if "gpu" in args.parts:
+        return gpu(args)
+    report(args.json, "machine", machine(model.choose_device()[0]))
     # In this order: from training on, this process keeps its memory, which sample.py does not.
     for name in [name for name in PARTS if name in (args.parts or PARTS)]:
         options = {"megabytes": args.megabytes} if name == "corpus" else {}
-        found[name] = PARTS[name](args.rounds, **options)
-    if args.json:
-        print(json.dumps(found, indent=2))
-        return
-    print(found.pop("machine"))
-    for name, rows in found.items():
-        print(f"\n{name}: {PARTS[name].__doc__.splitlines()[0]}")
-        for label, value in rows.items():
-            print(f"  {label:<56} {value:>12,.4g}")
+        print(f"{name}: {PARTS[name].__doc__}")
+        for row, value in PARTS[name](args.rounds, **options).items():
+            report(args.json, name, row, value=value)
 
 
 if __name__ == "__main__":

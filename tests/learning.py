@@ -1,16 +1,16 @@
-"""How much config/modern.py learns from a token, beside GPT-2 with nanoGPT's settings.
+"""Compare what config/modern.py and GPT-2 with nanoGPT's settings learn from the same tokens.
 
     python tests/learning.py                            1M parameters, three seeds
     python tests/learning.py --size 10M --seeds 1       larger ones: 10M, 30M
     python tests/learning.py --ablation                 the recipe with each ingredient taken out
     python tests/learning.py stdlib --ablation Muon QK-norm      some of them, on another text
-    python tests/learning.py stdlib                     on the text that settings were chosen on
-    python tests/learning.py my.txt --tokenizer gpt2    on your own
+    python tests/learning.py stdlib                     the text on which settings were chosen
+    python tests/learning.py my.txt --tokenizer gpt2    your own text
 
-Both sides see the same tokens in the same order. The recipe's rate falls at the end of its run, and
-the loss with it: what counts are whole runs of a few lengths, not a place on the way of a long one.
-Seconds are those of training alone; with one thread (OMP_NUM_THREADS=1) they are processor time, so
-that what else the machine does matters little.
+Both sides see the same tokens in the same order. The recipe's learning rate falls at the end of a
+run, and the loss falls with it, so whole runs of several lengths are compared, not points of one
+long run. Seconds are of training alone; with one thread (OMP_NUM_THREADS=1) they are processor
+time, which other programs on the machine hardly change.
 """
 
 import argparse
@@ -26,14 +26,12 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import train  # noqa: E402  (before torch: it sets the environment)
-
-# isort: split
-import config  # noqa: E402
+import config  # noqa: E402  (before torch: it sets environment variables)
 import prepare  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+import train  # noqa: E402
 
 import torch  # noqa: E402
+from benchmark import Run, training_step  # noqa: E402
 
 MODERN = str(ROOT / "config/modern.py")
 
@@ -64,7 +62,7 @@ ABLATION = {
 
 
 def open_text(text: str, tokenizer: str = "bytes") -> dict:
-    """The training and validation tokens of `text`: topics, stdlib, or a file's."""
+    """Return the training and validation tokens of a text: topics, stdlib, or a file."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [os.path.abspath(text)]
         if text == "stdlib":
@@ -87,7 +85,7 @@ def open_text(text: str, tokenizer: str = "bytes") -> dict:
 
 
 def settings(size: str, argv: list[str], share: float = 1.0) -> train.TrainConfig:
-    """The settings of a run of `share` of the baseline's updates."""
+    """Return the settings of a run of `share` of the baseline's updates."""
     shape = SIZES[size] | dict(max_iters=max(1, round(SIZES[size]["max_iters"] * share)))
     words = [f"--{name}={value}" for name, value in shape.items()]
     if not argv[0].endswith(".py"):
@@ -95,33 +93,25 @@ def settings(size: str, argv: list[str], share: float = 1.0) -> train.TrainConfi
     return config.parse(train.TrainConfig, [*words, *SHARED, *argv])
 
 
-def learn(c: train.TrainConfig, splits: dict) -> tuple[int, float, float]:
-    """Train; updates, seconds of training, and the validation loss after it."""
-    device, _, autocast, scaler = train.precision(c)
-    one_thread = device.type == "cpu" and torch.get_num_threads() == 1
+def learn(config: train.TrainConfig, splits: dict) -> tuple[int, float, float]:
+    """Train; return the number of updates, seconds of training, and the validation loss."""
+    run = Run(config, splits["train"])
+    one_thread = run.device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if one_thread else time.perf_counter
-    torch.manual_seed(c.seed)
-    gpt = GPT(GPTConfig(**c.model_args())).to(device).train()
-    model = train.compiled(gpt, c, device, autocast)
-    optimizers = train.make_optimizers(gpt, c)
-    options = {name: getattr(c, name) for name in ("batch_size", "context_length", "seed")}
     started = clock()
-    for step in range(c.max_iters):
-        train.set_lr(optimizers, step, c)
-        batch = train.get_batch(splits["train"], step, **options)
-        batch = [tokens.to(device) for tokens in batch]
-        loss, *_ = train.update(model, optimizers, scaler, autocast, batch, c, step)
-    loss.item()  # waits for the device
+    for _ in range(config.max_iters):
+        training_step(run)
     seconds = clock() - started
     val = {"val": splits["val"]}
-    return c.max_iters, seconds, train.estimate_loss(model, val, c, device, autocast)["val"]
+    losses = train.estimate_loss(run.gpt, val, config, run.autocast)
+    return config.max_iters, seconds, losses["val"]
 
 
 def compare(size: str, splits: dict, seeds: list[int], shares: list[float], brief: bool):
-    """Print what both sides need to the baseline's loss.
+    """Print the updates and seconds that both sides need to reach the baseline's final loss.
 
-    The recipe is run for one of `shares` of the baseline's updates after the other, shortest first,
-    until it is there, and then, unless `brief`, for as many seconds as the baseline.
+    The recipe is run for each of `shares` of the baseline's updates, shortest first, until it
+    reaches that loss, and then, unless `brief`, for as many seconds as the baseline.
     """
     rows, missed = {}, 0
 
@@ -141,14 +131,16 @@ def compare(size: str, splits: dict, seeds: list[int], shares: list[float], brie
             run = learn(settings(size, argv, share), splits)
             if run[2] <= baseline[2]:
                 break
-            print(f"  not there after {run[0]:,} updates: loss {run[2]:.4f}", flush=True)
+            print(f"  not enough: {run[0]:,} updates, loss {run[2]:.4f}", flush=True)
         missed += run[2] > baseline[2]
         add("recipe", run, baseline)
         if brief:
             continue
         share *= baseline[1] / run[1]
         add("recipe, the same time", learn(settings(size, argv, share), splits), baseline)
-    print(f"\n{size}: medians of {len(seeds)} seeds; the recipe came there with all but {missed}")
+    print(
+        f"\n{size}: medians of {len(seeds)} seeds; the recipe missed the loss with {missed} of them"
+    )
     print(f"{'':27} runs  updates      tokens  seconds    loss  of the updates, seconds")
     for name, runs in rows.items():
         step, tokens, seconds, loss, *parts = map(statistics.median, zip(*runs))
@@ -160,10 +152,10 @@ def compare(size: str, splits: dict, seeds: list[int], shares: list[float], brie
 
 
 def ablate(size: str, splits: dict, seeds: list[int], share: float, names: list[str]):
-    """Print the recipe with each of the ingredients taken out, and what that costs in updates.
+    """Print the recipe's loss without each ingredient, and the updates that this costs.
 
-    A loss is worth as many updates as the recipe itself needs from there: its losses after `share`
-    and after 0.8 `share` of the updates, on a line over the logarithm of the updates.
+    A loss becomes a number of updates by a straight line over the logarithm of updates, through the
+    losses of the whole recipe after `share` and after 0.8 `share` of the baseline's updates.
     """
 
     def losses(argv, share=share):
