@@ -918,7 +918,8 @@ def process_group():
             run_id = os.environ.get("TORCHELASTIC_RUN_ID", run_id)
         store.set(f"here {rank}", "")
         store.wait([f"here {each}" for each in range(world_size)], RENDEZVOUS)
-        dist.init_process_group(store=store, rank=rank, world_size=world_size)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     except (RuntimeError, ValueError) as error:
         where = "process {RANK} of {WORLD_SIZE} at {MASTER_ADDR}:{MASTER_PORT}"
         advice = "were all started with this address, and does a firewall let them through?"

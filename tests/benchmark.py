@@ -9,9 +9,9 @@
 
 The sides of a comparison take turns, after a round that does not count; figures are medians of
 --rounds. Hugging Face's sides run in processes of their own with PyTorch's defaults, as this
-project's memory settings would make them faster on a CPU. Without the package transformers, and
-for training without tiktoken, rows are left out or say so. --json PATH appends each row to a file,
-one JSON object per line. tests/README.md holds results.
+project's memory settings would make them faster on a CPU. Without the package transformers its
+rows are left out; rows of gpu name the package they lack (tiktoken, for all that uses train.py).
+--json PATH appends each row to a file, one JSON object per line. tests/README.md holds results.
 """
 
 import argparse
@@ -325,10 +325,9 @@ def corpus(rounds: int, megabytes: int = 200) -> dict[str, float]:
     texts = [path.read_text(encoding="utf-8", errors="ignore") for path in paths]
     tokenizer, rows, text, size = prepare.get_tokenizer("gpt2"), {}, "".join(texts), 0
     with tempfile.TemporaryDirectory() as folder:
-        os.mkdir(f"{folder}/corpus")
         while size < megabytes * 1e6:
             turn = [each.replace("self", f"self{size}") for each in texts]
-            with open(f"{folder}/corpus/{size}.jsonl", "w") as file:
+            with open(f"{folder}/{size}.jsonl", "w") as file:
                 file.writelines(json.dumps({"text": each}) + "\n" for each in turn)
             size += sum(len(each.encode()) for each in turn)
         for _ in range(rounds):
@@ -342,8 +341,8 @@ def corpus(rounds: int, megabytes: int = 200) -> dict[str, float]:
 
 
 def run_prepare(folder: str, workers: int) -> tuple[float, float]:
-    """Return the seconds of prepare.py on folder/corpus, and its peak memory in GB (Linux)."""
-    argv = [sys.executable, ROOT / "prepare.py", "corpus", f"--workers={workers}"]
+    """Return the seconds of prepare.py on folder/*.jsonl, and its peak memory in GB (Linux)."""
+    argv = [sys.executable, ROOT / "prepare.py", "*.jsonl", "--dataset=d", f"--workers={workers}"]
     started, peak = time.perf_counter(), 0
     process = subprocess.Popen(argv, cwd=folder, stdout=subprocess.DEVNULL)
     while process.poll() is None:

@@ -127,7 +127,7 @@ def test_muon_agrees_with_the_cpu(losses):
 def test_resumed_losses_agree(losses):
     whole = losses("whole", "--dropout=0.1", "--dtype=bfloat16")
     losses("resumed", "--dropout=0.1", "--dtype=bfloat16", "--max_iters=10")
-    resumed = losses("resumed", "--init_from=resume")
+    resumed = losses("resumed", "--dtype=bfloat16", "--init_from=resume")
     assert len(resumed) == 20
     assert resumed == pytest.approx(whole, abs=1e-2)
 
