@@ -660,9 +660,10 @@ class Log:
         if stopped_by and saved and step > 0:
             ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
             launcher = f"torchrun --nproc_per_node={ranks}" if dist.is_initialized() else "python"
-            words = ["--init_from", "resume", "--out_dir", self.config.out_dir]
+            words = ["--init_from", "resume"]
+            words += [] if self.config.out_dir == "out" else ["--out_dir", self.config.out_dir]
             print0(f"to go on: {launcher} train.py {shlex.join(words)}")
-        return 128 + stopped_by if stopped_by else int(not saved)
+        return (128 + stopped_by if stopped_by else 0) if saved else 1
 
 
 def describe(config: TrainConfig, splits: dict, meta: dict, log: Log):
