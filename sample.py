@@ -52,11 +52,13 @@ class SampleConfig:
     def __post_init__(self):
         bounds = {"num_samples": (1, 2**16), "max_new_tokens": (1, 2**40), "seed": (0, 2**62)}
         bounds |= {"temperature": (0, 1e9), "top_k": (1, 2**40), "min_p": (0, 1)}
-        bounds |= {"top_p": (1e-9, 1), "top_logprobs": (1, 2**40)}
+        bounds |= {"top_logprobs": (1, 2**40)}
         for name, (least, most) in bounds.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ValueError(f"{name} is {value}; it must be from {least:g} to {most:g}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 
 
 def main(argv: list[str]):

@@ -26,6 +26,7 @@ import shlex
 import signal
 import sys
 import time
+import typing
 import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Literal
 
 import prepare
-from config import UserError, atomic_write, parse, run, user_errors
+from config import UserError, atomic_write, check_type, parse, run, user_errors
 from model import (
     GPT,
     GPTConfig,
@@ -71,9 +72,7 @@ class TrainConfig(GPTConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks; AdamW: rest
     learning_rate: float = 6e-4  # highest learning rate (about 0.02 with muon)
     embedding_learning_rate: float = 6e-4  # with muon: learning rate of embeddings and vectors
-    head_learning_rate: float = (
-        6e-4  # with muon: of an untied head with n_embd 128; falls as 1 / n_embd
-    )
+    head_learning_rate: float = 6e-4  # with muon: of an untied head, scaled by 128 / n_embd
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: constant, then linear
     warmup_iters: int = 100  # updates over which the learning rate rises linearly
     initial_lr: float = 0.0  # learning rate at the start of the warm-up
@@ -109,7 +108,7 @@ class TrainConfig(GPTConfig):
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not least <= value < math.inf:
-                    raise ValueError(f"{name} is {value}; it must be at least {least}")
+                    raise ValueError(f"{name} is {value}; it must be finite, at least {least}")
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -445,8 +444,9 @@ def resume(config: TrainConfig, path: str) -> tuple[TrainConfig, GPT, dict]:
     for name, kind in wanted.items():
         if type(saved.get(name)) is not kind or (name == "step" and saved[name] < 0):
             raise UserError(f"{path} has no {name} to resume with: use --init_from {path}")
-    names = {field.name for field in fields(TrainConfig)} - {"init_from", "out_dir"}
-    settings = {name: value for name, value in saved["config"].items() if name in names}
+    types = typing.get_type_hints(TrainConfig)
+    own = (types.keys() & saved["config"].keys()) - {"init_from", "out_dir"}
+    settings = {name: check_type(name, saved["config"][name], types[name]) for name in own}
     # If the saved device or parallel mode is not available, use the default.
     if settings.get("parallel") == "fsdp" and get_world_size() == 1:
         del settings["parallel"]
@@ -476,7 +476,7 @@ def merge(config: TrainConfig, settings: dict, gpt: GPT, path: str) -> TrainConf
         merged = TrainConfig(**settings | shape | given | {"init_from": config.init_from})
     except (TypeError, ValueError) as error:
         raise UserError(f"the settings in {path} cannot be used: {error}") from error
-    merged.given = config.given
+    merged.given = {"vocab_size": settings.get("vocab_size")} | config.given
     return merged
 
 
@@ -588,16 +588,17 @@ class Log:
         self.wandb = start_wandb(config) if config.wandb and get_rank() == 0 else None
 
     def write(self, step: int, text: str, **values: float):
-        """Print a line, and add one with `values` to metrics.jsonl.
-
-        Lines wait in memory for the first update of a new run.
-        """
+        """Print a line, and add one with `values` to `lines` and metrics.jsonl."""
         print0(f"step {step:>{len(str(self.config.max_iters))}}  {text}")
         seconds = round(self.earlier + time.perf_counter() - self.started, 3)
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.lines.append({"step": step, "seconds": seconds} | values)
         if self.wandb:
             self.wandb.log(self.lines[-1], step=step)
+        self.flush()
+
+    def flush(self):
+        """Append the newest line to metrics.jsonl; at first and after an error write all lines."""
         if get_rank() > 0 or self.no_update_yet:
             return
         path = self.out_dir / "metrics.jsonl"
@@ -608,7 +609,7 @@ class Log:
             self.complete = True
         except OSError as error:
             self.complete = False
-            print0(f"{path.as_posix()} lacks the line of step {step:,}: {error}")
+            print0(f"{path.as_posix()} lacks the line of step {lines[-1]['step']:,}: {error}")
 
     @contextlib.contextmanager
     def timed(self, what: str):
@@ -629,6 +630,7 @@ class Log:
             if get_rank() == 0:
                 with user_errors():
                     move_earlier_run(self.out_dir)
+            self.flush()
         if self.skipped:
             print0(f"step {step:,} skipped: loss {loss:.4f}, gradient norm {norm:.2f}")
         if step % config.log_interval == 0:
@@ -953,22 +955,23 @@ def check_ranks(config: TrainConfig, meta: dict, saved: dict, device: torch.devi
     """Raise UserError if ranks differ in settings, data or checkpoint, or cannot share the work."""
     seen = asdict(config) | {f"data/{config.dataset}": meta["fingerprint"]}
     seen |= {"the checkpoint's step": saved.get("step")}
-    for rank, other in enumerate(all_gather(seen)):
-        for name in seen:
-            if seen[name] != other.get(name):
-                values = f"{other.get(name)!r} in process {rank}, {seen[name]!r} in {get_rank()}"
+    first, *others = all_gather(seen)
+    for rank, other in enumerate(others, 1):
+        for name in first:
+            if first[name] != other.get(name):
+                values = f"{first[name]!r} in process 0, {other.get(name)!r} in {rank}"
                 raise UserError(f"processes differ in {name}: {values}")
     ranks, B, own = get_world_size(), config.batch_size, str(device)
-    if device.type in ("cpu", "cuda"):  # each rank needs a GPU of its own, but not a CPU
-        is_gpu = device.type == "cuda"
-        own = torch.cuda.get_device_properties(device).uuid if is_gpu else get_rank()
-    if len(set(all_gather(str(own)))) < ranks:
-        raise UserError(f"{ranks} processes need {ranks} devices; {device} is used by several")
     if B % ranks:
         fits = max(1, B // ranks) * ranks
         raise UserError(f"{ranks} processes cannot share batch_size {B}: take --batch_size {fits}")
     if config.parallel == "fsdp" and ranks == 1:
         raise UserError("--parallel fsdp is for several processes: start them with torchrun")
+    if device.type in ("cpu", "cuda"):  # each rank needs a GPU of its own, but not a CPU
+        is_gpu = device.type == "cuda"
+        own = torch.cuda.get_device_properties(device).uuid if is_gpu else get_rank()
+    if len(set(all_gather(str(own)))) < ranks:
+        raise UserError(f"{ranks} processes need {ranks} devices; {device} is used by several")
 
 
 def distribute(gpt: GPT, config: TrainConfig, device: torch.device, dtype) -> torch.nn.Module:

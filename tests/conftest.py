@@ -2,11 +2,13 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -15,6 +17,12 @@ sys.path.insert(0, str(ROOT))
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import config  # noqa: E402
+
+settings.register_profile("repeatable", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("repeatable")
+
+SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
 WORDS = (
     "the a painter picture effort moves you every gave up his her in villa and said of to".split()
@@ -28,6 +36,32 @@ TINY += ["--log_interval=1", "--sample_prompt=", "--dataset=words"]
 def words(n: int, seed: int = 0) -> str:
     """A text of n words, the same every time."""
     return " ".join(random.Random(seed).choices(WORDS, k=n)) + "\n"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_matplotlib(tmp_path_factory):
+    """Drawing takes longer than training, so matplotlib is missing here and in subprocesses."""
+    folder = tmp_path_factory.mktemp("without")
+    (folder / "matplotlib.py").write_text("raise ImportError")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        patch.setitem(sys.modules, "matplotlib", None)
+        yield
+
+
+@pytest.fixture
+def picture(monkeypatch):
+    """Has matplotlib back."""
+    monkeypatch.delitem(sys.modules, "matplotlib")
+    pytest.importorskip("matplotlib")
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Restores what train.py's main replaces."""
+    yield
+    for number, handler in SIGNALS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -55,7 +89,7 @@ def command(folder, capfd, monkeypatch):
         except SystemExit as stop:
             code = stop.code or 0
         out, err = capfd.readouterr()
-        return code, out, err
+        return (1, out, f"{err}{code}\n") if isinstance(code, str) else (code, out, err)
 
     return call
 

@@ -36,7 +36,6 @@ import prepare  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 RUN = ["--n_layer=4", "--n_head=2", "--n_embd=128", "--context_length=32", "--dataset=words"]
 RUN += ["--batch_size=4", "--micro_batch_size=2", "--dropout=0.1", "--max_iters=60"]
 RUN += ["--warmup_iters=5", "--eval_interval=7", "--eval_iters=2", "--log_interval=1"]
@@ -47,7 +46,7 @@ def start(script: str, *words: str, folder: Path, launcher=(), **options) -> sub
     return subprocess.Popen(
         [sys.executable, *launcher, str(ROOT / script), *words],
         cwd=folder,
-        env=ENVIRONMENT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -68,12 +67,24 @@ def make_dataset(folder: Path, seed: int):
     finish("prepare.py", "words.txt", "--tokenizer=bytes", folder=folder)
 
 
-def result(out: Path) -> tuple[dict, list]:
-    """The weights and optimizer of a run, and its metrics without what the clock says."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+def without_clock(lines: list[dict]) -> list[dict]:
     clock = ("seconds", "tokens_per_second")
-    lines = [{name: x for name, x in line.items() if name not in clock} for line in lines]
-    return torch.load(out / "model.ckpt", weights_only=True), lines
+    return [{name: x for name, x in line.items() if name not in clock} for line in lines]
+
+
+def metrics(out) -> list[dict]:
+    """The lines of a run's metrics.jsonl, without what the clock says."""
+    text = (Path(out) / "metrics.jsonl").read_text()
+    return without_clock([json.loads(line) for line in text.splitlines()])
+
+
+def result(out) -> tuple[dict, list]:
+    """The checkpoint of a run and its metrics, without what differs between two equal runs."""
+    ckpt = torch.load(Path(out) / "model.ckpt", weights_only=True)
+    ckpt.pop("run_id")
+    ckpt["metrics"] = without_clock(ckpt["metrics"])
+    ckpt["config"] = {x: y for x, y in ckpt["config"].items() if x not in ("init_from", "out_dir")}
+    return ckpt, metrics(out)
 
 
 def differences(one, other, where="") -> list[str]:
@@ -86,7 +97,6 @@ def differences(one, other, where="") -> list[str]:
         pairs = [(i, x, y) for i, (x, y) in enumerate(zip(one, other))]
     else:
         return [] if one == other else [f"{where}: {one} {other}"]
-    pairs = [pair for pair in pairs if pair[0] not in ("init_from", "out_dir")]
     return [found for name, x, y in pairs for found in differences(x, y, f"{where}/{name}")]
 
 
@@ -118,9 +128,14 @@ def kill_training(folder: Path, kills: int, rng: random.Random, out: str, refere
         for name in differences(reference, result(folder_out)):
             counts["DIFFERENT"] += 1
             print("DIFFERENT", name)
-        for path in folder_out.iterdir():
-            path.unlink()
+        shutil.rmtree(folder_out)
     return counts
+
+
+def children(pid: int) -> list[int]:
+    """The processes that process `pid` has started, such as torchrun's workers."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(word) for word in found.stdout.split()]
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -130,7 +145,6 @@ def kill_worker(folder: Path, kills: int, rng: random.Random) -> Counter:
     """Kill one of two workers, once in each run; torchrun starts both again."""
     finish("train.py", *RUN, "--out_dir=whole", folder=folder, launcher=TORCHRUN)
     reference, counts = result(folder / "whole"), Counter()
-    reference[0].pop("job")  # torchrun's name for the run
     while sum(n for name, n in counts.items() if name.startswith("killed")) < kills:
         shutil.rmtree(folder / "many", ignore_errors=True)
         launcher = [*TORCHRUN, "--max_restarts=1"]
@@ -138,17 +152,15 @@ def kill_worker(folder: Path, kills: int, rng: random.Random) -> Counter:
         for line in process.stdout:
             if line.startswith("data"):
                 break
-        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+        workers = children(process.pid)
         time.sleep(rng.uniform(0, 3))
         with contextlib.suppress(ProcessLookupError):
-            os.kill(int(rng.choice(found.stdout.split())), signal.SIGKILL)
+            os.kill(rng.choice(workers), signal.SIGKILL)
         out, _ = process.communicate()
         assert process.returncode == 0, out
         resumed = "between saves" if "restarted: going on from" in out else "before any save"
         counts[f"killed {resumed}" if "exitcode: -9" in out else "runs ended before"] += 1
-        ended = result(folder / "many")
-        ended[0].pop("job")
-        for name in differences(reference, ended):
+        for name in differences(reference, result(folder / "many")):
             counts["DIFFERENT"] += 1
             print("DIFFERENT", name)
     return counts
@@ -281,20 +293,17 @@ def main():
         finish("train.py", *RUN, "--out_dir=reference", folder=folder)
         reference = result(folder / "reference")
         rng = random.Random(args.seed)
-        counts = kill_training(folder, args.kills, rng, "out", reference)
-        different = counts["DIFFERENT"]
-        print(f"train.py, {time.perf_counter() - started:.0f} s")
-        for where, count in sorted(counts.items()):
-            print(f"  {count:4d} {where}")
-        counts = kill_prepare(folder, args.kills // 2, rng)
-        print("prepare.py")
-        for where, count in sorted(counts.items()):
-            print(f"  {count:4d} {where}")
-        counts = kill_worker(folder, min(10, args.kills), rng)
-        different += counts["DIFFERENT"]
-        print("a worker under torchrun")
-        for where, count in sorted(counts.items()):
-            print(f"  {count:4d} {where}")
+        different = 0
+        for what, kill in (
+            ("train.py", lambda: kill_training(folder, args.kills, rng, "out", reference)),
+            ("prepare.py", lambda: kill_prepare(folder, args.kills // 2, rng)),
+            ("a worker under torchrun", lambda: kill_worker(folder, min(10, args.kills), rng)),
+        ):
+            counts = kill()
+            different += counts["DIFFERENT"]
+            print(f"{what}, {time.perf_counter() - started:.0f} s")
+            for where, count in sorted(counts.items()):
+                print(f"  {count:4d} {where}")
         print("full disk\n  ", full_disk(folder))
     return 1 if different else 0
 
