@@ -6,7 +6,7 @@ A setting is one line of a dataclass: name, type, default, and a comment, which 
 config file holds plain assignments (`n_layer = 2`); it is read, never executed. Later words win
 over earlier ones, and the command line wins over files.
 
-Also here, as every script needs it: `UserError`, `run`, `atomic_write`, and the environment
+Also here, as every script needs it: `UserError`, `run`, `atomic_write`, `lock`, and the environment
 variables that have to be set before torch is imported.
 """
 
@@ -14,6 +14,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -23,6 +24,8 @@ from pathlib import Path
 
 # Large tensors in huge pages: otherwise every step on a CPU maps them again, 4 KiB at a time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+# OpenMP's threads wait for each other in a loop; a short one leaves the cores to other programs.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # What `ast` raises for text that is not Python: wrong, not UTF-8, nested too deeply, ...
 NOT_PYTHON = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
@@ -215,3 +218,29 @@ def atomic_write(path):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Hold FOLDER.lock while the block runs; raise UserError if another process holds it.
+
+    The system releases the lock when the process ends, in whatever way. Where there are no locks, as
+    on some network file systems, nothing is checked.
+    """
+    folder = Path(os.path.abspath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "ab") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                reason = "another process is writing there; wait for it, or use another folder"
+                raise UserError(f"{folder}: {reason}") from error
+        yield

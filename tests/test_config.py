@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -169,6 +171,23 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     with config.atomic_write(path) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    code = (
+        f"import config, sys\nwith config.lock({str(tmp_path / 'out')!r}): print(1, flush=True), "
+    )
+    code += "sys.stdin.read()"
+    argv = [sys.executable, "-c", code]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True)
+    with subprocess.Popen(argv, **pipes) as process:
+        assert process.stdout.readline() == "1\n"
+        with pytest.raises(config.UserError, match="out: another process is writing there"):
+            with config.lock(tmp_path / "out"):
+                pass
+        process.kill()
+    with config.lock(tmp_path / "out"), config.lock(tmp_path / "other"):
+        pass
 
 
 WORD = st.one_of(
