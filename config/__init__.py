@@ -224,8 +224,8 @@ def atomic_write(path):
 def lock(folder):
     """Hold FOLDER.lock while the block runs; raise UserError if another process holds it.
 
-    The system releases the lock when the process ends, in whatever way. Where there are no locks, as
-    on some network file systems, nothing is checked.
+    The system releases the lock when the process ends, in whatever way. Without support for locks,
+    as on some network file systems, nothing is checked.
     """
     folder = Path(os.path.abspath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
