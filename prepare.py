@@ -157,6 +157,11 @@ def make_encoder(tokenizer: tiktoken.Encoding, dtype: np.dtype, workers: int | N
     return encode
 
 
+def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding) -> list[int]:
+    """Return the token ids of a prompt, in which <|endoftext|> is the special token."""
+    return tokenizer.encode(prompt, allowed_special={ENDOFTEXT}, disallowed_special=())
+
+
 def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
     """Return the text of token ids; unknown ids and invalid UTF-8 become U+FFFD."""
     return decode_bytes(tokenizer, ids).decode("utf-8", errors="replace")

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Literal
 
 import prepare
-from config import UserError, atomic_write, check_type, parse, run, user_errors
+from config import UserError, atomic_write, check_type, lock, parse, run, user_errors
 from model import (
     GPT,
     GPTConfig,
@@ -89,9 +89,9 @@ class TrainConfig(GPTConfig):
     log_interval: int = 10  # updates between log lines
     eval_interval: int = 100  # updates between evaluations
     eval_iters: int = 20  # batches of each split in an evaluation
-    checkpoint_interval: int = 500  # updates between checkpoints
+    checkpoint_interval: int | None = None  # updates between checkpoints; none: at evaluations
     save_best: bool = False  # also keep the weights of the lowest validation loss in best.ckpt
-    sample_prompt: str = "Every effort moves you"  # text to continue at evaluations; empty: none
+    sample_prompt: str | None = None  # continued at evaluations; none: validation text; empty: off
     out_dir: str = "out"  # folder for model.ckpt, metrics.jsonl and loss.png
     wandb: bool = False  # also log to Weights & Biases
     # Start and machine
@@ -108,7 +108,7 @@ class TrainConfig(GPTConfig):
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not least <= value < math.inf:
-                    raise ValueError(f"{name} is {value}; it must be finite, at least {least}")
+                    raise ValueError(f"{name} is {value}; it must be at least {least} and finite")
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
@@ -195,11 +195,12 @@ def set_lr(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConf
 
 
 @torch.no_grad()
-def estimate_loss(gpt: GPT, splits: dict, config: TrainConfig, autocast) -> dict[str, float]:
+def estimate_loss(gpt: GPT, splits: dict, config: TrainConfig, autocast, signals=()) -> dict:
     """Return the mean loss of each split over up to `eval_iters` batches, without dropout.
 
     The windows are evenly spaced and the same at every call; a small split is evaluated completely,
     each token once. Ranks share the batches; their number changes the result by rounding only.
+    Returns {} if a signal arrives.
     """
     T, B, device = config.context_length, sequences_per_pass(config), gpt.lm_head.weight.device
     losses = {}
@@ -209,6 +210,8 @@ def estimate_loss(gpt: GPT, splits: dict, config: TrainConfig, autocast) -> dict
         starts = np.arange(count) * windows // count * T
         sums, counts = [], []  # of the batches of this rank
         for first in range(B * get_rank(), count + B * get_rank(), B * get_world_size()):
+            if any_rank(signals):
+                return {}
             mine = starts[first : first + B]
             rows = mine if len(mine) else starts[:1]  # under FSDP all ranks run each forward pass
             tokens = read_windows(stream, rows, config)  # (B, T + 1)
@@ -228,7 +231,7 @@ def estimate_loss(gpt: GPT, splits: dict, config: TrainConfig, autocast) -> dict
 
 def main(argv: list[str]):
     config = parse(TrainConfig, argv)
-    with process_group() as run_id:
+    with process_group() as run_id, lock_by_rank0(config.out_dir):
         signals = catch_signals()
         config, gpt, saved = load_weights(config, run_id)  # from scratch gpt is None, saved {}
         splits, meta = open_dataset(config, saved)
@@ -238,7 +241,7 @@ def main(argv: list[str]):
         model = distribute(gpt, config, device, dtype)  # in a single process: gpt itself
         optimizers = make_optimizers(gpt, config, dtype)
         step, best_val_loss = load_state(gpt, optimizers, scaler, saved)
-        prompt = read_prompt(config, meta)
+        prompt = read_prompt(config, splits, meta)
         log = Log(config, meta, saved, device, dtype)
         describe(config, splits, meta, log)
         train_model = compile_model(model, splits["train"], config, device, autocast)
@@ -249,9 +252,17 @@ def main(argv: list[str]):
             state = dict(step=step, best_val_loss=best_val_loss, scaler=scaler.state_dict())
             return save_checkpoint(gpt, optimizers, log, name, state | {"run_id": run_id})
 
-        if step == 0:
-            best_val_loss = min(math.inf, evaluate(gpt, splits, config, autocast, prompt, log, 0))
-        while step < config.max_iters and not any_rank(signals):
+        while True:
+            if log.evaluation_is_due(step):
+                val_loss = evaluate(gpt, splits, autocast, prompt, log, step, signals)
+                if val_loss < best_val_loss:
+                    best_val_loss = val_loss
+                    if config.save_best and step > 0:
+                        save("best.ckpt")
+            if log.checkpoint_is_due(step):
+                save()
+            if step >= config.max_iters or any_rank(signals):
+                break
             lr = set_lr(optimizers, step, config)
             x, y = get_batch(splits["train"], step, config, device, get_rank(), get_world_size())
             micro_batches = list(zip(x.split(size), y.split(size)))
@@ -276,22 +287,16 @@ def main(argv: list[str]):
             step += 1
 
             log.update(step, loss, lr, norm)
-            if step % config.eval_interval == 0 or step == config.max_iters:
-                val_loss = evaluate(gpt, splits, config, autocast, prompt, log, step)
-                if val_loss < best_val_loss:
-                    best_val_loss = val_loss
-                    if config.save_best:
-                        save("best.ckpt")
-            if step % config.checkpoint_interval == 0 and step < config.max_iters:
-                save()
         exit_code = log.finish(step, saved=save(), stopped_by=any_rank(signals))
     leave(exit_code)
 
 
-def evaluate(gpt: GPT, splits: dict, config: TrainConfig, autocast, prompt, log, step) -> float:
+def evaluate(gpt: GPT, splits: dict, autocast, prompt, log, step: int, signals) -> float:
     """Report the mean losses of both splits and a sample; return the validation loss."""
     with log.timed("evaluation"):
-        losses = estimate_loss(gpt, splits, config, autocast)
+        losses = estimate_loss(gpt, splits, log.config, autocast, signals)
+    if not losses:  # a signal has stopped it
+        return math.nan
     train, val = losses["train"], losses["val"]
     perplexity = math.exp(min(val, 700))  # so many equally likely tokens have this loss
     text = f"training loss {train:.4f}  validation loss {val:.4f}  perplexity {perplexity:,.2f}"
@@ -378,29 +383,39 @@ def to_numbers(loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
     return torch.stack((all_reduce(loss) / get_world_size(), norm)).tolist()
 
 
-def read_prompt(config: TrainConfig, meta: dict) -> tuple:
-    """Return the tokenizer, in rank 0, and the token ids of `sample_prompt`; [] for no samples."""
-    tokenizer, ids = None, []
-    if config.sample_prompt and get_rank() == 0:
-        tokenizer = prepare.get_tokenizer(meta["tokenizer"])
-        ids = tokenizer.encode(config.sample_prompt, disallowed_special=())
-        if max(ids) >= config.vocab_size:
-            print0(f"no samples: {config.sample_prompt!r} is outside the vocabulary")
+def read_prompt(config: TrainConfig, splits: dict, meta: dict) -> tuple:
+    """Return the tokenizer, in rank 0, the token ids of the prompt for samples, and <|endoftext|>.
+
+    The ids are [] for no samples: the prompt is empty, or the tokenizer or a token is not known.
+    """
+    tokenizer, ids, end = None, [], None
+    if config.sample_prompt != "" and get_rank() == 0:
+        try:
+            tokenizer = prepare.get_tokenizer(meta["tokenizer"])
+            prompt = config.sample_prompt or prepare.decode(tokenizer, splits["val"][:8].tolist())
+            ids, end = prepare.encode_prompt(prompt, tokenizer), tokenizer.eot_token
+            if max(ids) >= config.vocab_size:
+                raise UserError(f"{prompt!r} is outside the vocabulary")
+        except UserError as error:
+            print0(f"no samples: {error}")
             ids = []
-    return tokenizer, all_gather(ids)[0]
+    return tokenizer, *all_gather((ids, end))[0]
 
 
 def write_sample(gpt: GPT, prompt: tuple, log: "Log", autocast):
-    """Print the prompt and its 40 likeliest next tokens."""
-    tokenizer, ids = prompt
+    """Print the prompt and its 40 likeliest next tokens, up to <|endoftext|>."""
+    tokenizer, ids, end = prompt
+    idx = torch.tensor([ids], device=log.device)
     if ids and is_sharded(gpt):  # every rank runs each forward pass
         with autocast:
-            idx = gpt.generate(torch.tensor([ids], device=log.device), 40, 0.0, use_cache=False)
+            idx = gpt.generate(idx, 40, temperature=0, stop_token=end, use_cache=False)
     elif ids and get_rank() == 0:
         writer = prepack(gpt, log.dtype) if log.device.type == "cpu" else gpt  # a faster copy
-        idx = writer.generate(torch.tensor([ids], device=log.device), 40, 0.0)
+        idx = writer.generate(idx, 40, temperature=0, stop_token=end)
     if ids and get_rank() == 0:
-        print0("      " + " ".join(prepare.decode(tokenizer, idx[0].tolist()).split()))
+        ids = idx[0].tolist()
+        ids = ids[:-1] if ids[-1] == end else ids
+        print0("      " + " ".join(prepare.decode(tokenizer, ids).split()))
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -416,6 +431,9 @@ def load_weights(config: TrainConfig, run_id: str) -> tuple[TrainConfig, GPT | N
         return config, None, {}
     if config.init_from == "resume":
         return resume(config, path)
+    if Path(config.init_from).resolve().parent == Path(config.out_dir).resolve():
+        advice = f"{config.init_from} would be moved away by this run: give another --out_dir"
+        raise UserError(advice)
     with user_errors():
         gpt, saved = load_model(config.init_from, dropout=config.dropout)
     if config.given.get("context_length", math.inf) < gpt.config.context_length:
@@ -538,7 +556,9 @@ def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: di
                 result = f"NOT SAVED, an earlier one is unchanged: {error.__context__ or error}"
             print0(f"{path.as_posix()} {result}")
         saved = all_gather(get_rank() > 0 or result.startswith("saved"))[0]
-    log.saved_step = state["step"] if saved and resumable else log.saved_step
+    if saved and resumable:
+        log.saved_step, log.saved_at = state["step"], time.perf_counter()
+        log.save_seconds = log.saved_at - started
     return saved
 
 
@@ -571,6 +591,7 @@ class Log:
 
     def __init__(self, config: TrainConfig, meta: dict, saved: dict, device, dtype):
         self.config, self.out_dir = config, Path(config.out_dir)
+        self.train_tokens = meta["train_tokens"]
         self.device, self.dtype = device, dtype
         as_given = asdict(config) | {"vocab_size": config.given.get("vocab_size")}
         self.constants = dict(config=as_given, model_args=config.model_args())  # of checkpoints
@@ -581,11 +602,15 @@ class Log:
         self.started, self.logged = time.perf_counter(), 0.0
         self.spent = Counter()  # seconds that were not training
         self.skipped = 0  # updates in a row
+        self.saved_at = self.save_seconds = 0.0  # when the last save ended, and how long it took
         self.no_update_yet = not self.first_step  # of a new run
         self.complete = False  # whether metrics.jsonl has all lines
         with user_errors():
             self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.wandb = start_wandb(config) if config.wandb and get_rank() == 0 else None
+        self.wandb = None
+        if config.wandb and get_rank() == 0:
+            self.wandb = start_wandb(config, saved.get("wandb"))
+            self.constants["wandb"] = self.wandb.id
 
     def write(self, step: int, text: str, **values: float):
         """Print a line, and add one with `values` to `lines` and metrics.jsonl."""
@@ -610,6 +635,23 @@ class Log:
         except OSError as error:
             self.complete = False
             print0(f"{path.as_posix()} lacks the line of step {lines[-1]['step']:,}: {error}")
+
+    def evaluation_is_due(self, step: int) -> bool:
+        done = any(line["step"] == step and "val_loss" in line for line in self.lines[-2:])
+        return not done and (step % self.config.eval_interval == 0 or step == self.config.max_iters)
+
+    def checkpoint_is_due(self, step: int) -> bool:
+        """Return whether to save now: at the interval given, else at evaluations.
+
+        A save at an evaluation must take less than a twentieth of the time since the last one.
+        """
+        config = self.config
+        if step in (self.saved_step, config.max_iters):
+            return False
+        if config.checkpoint_interval is not None:
+            return step % config.checkpoint_interval == 0
+        cheap = time.perf_counter() - self.saved_at > 20 * self.save_seconds
+        return step % config.eval_interval == 0 and any_rank([int(cheap)])
 
     @contextlib.contextmanager
     def timed(self, what: str):
@@ -652,7 +694,7 @@ class Log:
         with self.timed("drawing"):
             try:
                 if get_rank() == 0 and not self.no_update_yet:
-                    plot(self.out_dir, self.config, self.lines)
+                    plot(self.out_dir, self.config, self.lines, self.train_tokens)
             except Exception as error:  # the run is worth more than its picture
                 print0(f"no loss.png: {error}")
         total = time.perf_counter() - self.started
@@ -687,6 +729,8 @@ def describe(config: TrainConfig, splits: dict, meta: dict, log: Log):
     print0(f"run     {config.max_iters:,} updates of {tokens:,} tokens, {epochs:.3g} epochs{done}")
     print0(f"        {flops / 1e9:.3g} GFLOP per token, {total:.2e} FLOP in all")
     print0(f"files   {log.out_dir.as_posix()}/, checkpoints of {checkpoint:.3g} GB")
+    if config.warmup_iters >= config.max_iters:
+        print0(f"warning: a warm-up of {config.warmup_iters:,} updates never ends in this run")
 
 
 def gpu_use(log: Log, rate: float) -> str:
@@ -700,8 +744,8 @@ def gpu_use(log: Log, rate: float) -> str:
     return f"  MFU {rate * flops_per_token(log.config) / peak / get_world_size():.0%}{memory}"
 
 
-def plot(out_dir: Path, config: TrainConfig, lines: list[dict]):
-    """Draw loss.png: losses over updates and tokens, and the learning rate."""
+def plot(out_dir: Path, config: TrainConfig, lines: list[dict], train_tokens: int):
+    """Draw loss.png: losses over updates and tokens (epochs, if several), and the learning rate."""
     try:
         import matplotlib
     except ImportError:
@@ -711,55 +755,71 @@ def plot(out_dir: Path, config: TrainConfig, lines: list[dict]):
 
     options = dict(sharex=True, figsize=(8, 5.5), height_ratios=(4, 1), layout="constrained")
     figure, (losses, rates) = pyplot.subplots(2, 1, **options)
-    losses.set(title=f"{config.dataset}, {config.n_layer} layers, {config.n_embd} channels")
+    name = config.dataset.replace("$", r"\$")  # a dollar sign begins a formula
+    losses.set(title=f"{name}, {config.n_layer} layers, {config.n_embd} channels")
     losses.set(ylabel="loss (nats per token)")
-    rates.set(xlabel="updates", ylabel="learning rate", ylim=(0, None))
-    for axes, name, label, style in (
-        (losses, "loss", "batch", dict(color="0.75", linewidth=1)),
-        (losses, "train_loss", "training", dict(color="C0", marker=".")),
-        (losses, "val_loss", "validation", dict(color="C3", marker=".")),
-        (rates, "lr", "learning rate", dict(color="C2")),
+    rates.set(xlabel="updates", ylabel="learning rate")
+    for name, label, style in (
+        ("loss", "batch", dict(color="0.75", linewidth=1)),
+        ("train_loss", "training", dict(color="C0", marker=".")),
+        ("val_loss", "validation", dict(color="C3", marker=".")),
     ):
         points = [(x["step"], x[name]) for x in lines if x.get(name) is not None]
-        axes.plot(*zip(*points or [(0, math.nan)]), label=label, **style)
-        if name in ("train_loss", "val_loss") and points:
-            text = f" {points[-1][1]:.2f}"
-            axes.annotate(text, points[-1], color=style["color"], va="center")
+        if points and name != "loss":
+            label += f" {points[-1][1]:.2f}"
+        losses.plot(*zip(*points or [(0, math.nan)]), label=label, **style)
     losses.legend(frameon=False)
-    tokens = config.batch_size * config.context_length
-    top = losses.secondary_xaxis("top", functions=(lambda x: x * tokens, lambda x: x / tokens))
-    top.set_xlabel("tokens")
+    steps = range(max(1, lines[-1]["step"]) + 1)
+    rates.plot(steps, [get_lr(step, config) for step in steps], color="C2")
+    rates.set_ylim(bottom=0)
+    per_update, unit = config.batch_size * config.context_length, "tokens"
+    if per_update * steps[-1] > train_tokens:
+        per_update, unit = per_update / train_tokens, "epochs"
+    scale = (lambda x: x * per_update, lambda x: x / per_update)
+    losses.secondary_xaxis("top", functions=scale).set_xlabel(unit)
     for axes in (losses, rates):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    with atomic_write(out_dir / "loss.png") as file:
+    with warnings.catch_warnings(), atomic_write(out_dir / "loss.png") as file:
+        warnings.simplefilter("ignore")  # about characters that the font lacks
         figure.savefig(file, dpi=110, format="png")
     pyplot.close(figure)
 
 
-def start_wandb(config: TrainConfig):
-    """Start a Weights & Biases run; WANDB_MODE=offline keeps it on this machine."""
+def start_wandb(config: TrainConfig, id: str | None):
+    """Start a Weights & Biases run, or go on with run `id`. WANDB_MODE=offline needs no account."""
     try:
         import wandb
+
+        options = dict(project=os.environ.get("WANDB_PROJECT", "gpt"), id=id, resume="allow")
+        return wandb.init(config=asdict(config), dir=config.out_dir, **options)
     except ImportError:
         raise UserError("--wandb needs the package wandb (pip install wandb)") from None
-    return wandb.init(project="gpt", config=asdict(config), dir=config.out_dir)
+    except Exception as error:  # no key, no network, ...
+        reason = " ".join(str(error).split()) or repr(error)
+        raise UserError(f"--wandb: {reason}; WANDB_MODE=offline needs no account") from error
 
 
 # --- Devices and processes ------------------------------------------------------------------------
 
 RENDEZVOUS = timedelta(minutes=5)  # how long ranks wait for one another at the start
 
-# bfloat16 or float16 FLOP/s of a card without sparsity, from NVIDIA's data sheets.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12, "H100": 989e12}
-PEAK_FLOPS |= {"H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-PEAK_FLOPS |= {"V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+# Dense bfloat16 or float16 TFLOP/s of cards, from the data sheets of NVIDIA and AMD.
+PEAKS = """
+H100 PCIe 756, H100 NVL 835, H200 NVL 835, H100 989, H200 989, GH200 989, B200 2250, A100 312,
+A40 150, A30 165, A10G 70, A10 125, L40S 362, L40 181, L4 121, V100 125, T4 65,
+RTX 5090 210, RTX 4090 165, RTX 4080 97, RTX 3090 71, RTX 3080 60, RTX A6000 155, RTX 6000 Ada 364,
+MI300X 1307
+"""
 
 
 def peak_flops(card: str) -> float | None:
     """Return the peak FLOP/s of the GPU that PyTorch calls `card`; None for unknown cards."""
-    names = (name for name in PEAK_FLOPS if re.search(rf"\b{name}\b(?!.*Laptop)", card))
-    return PEAK_FLOPS.get(next(names, ""))
+    for entry in PEAKS.split(","):
+        name, _, tera = entry.strip().rpartition(" ")
+        if re.search(rf"\b{name}\b(?!.*Laptop)", card):
+            return float(tera) * 1e12
+    return None
 
 
 def get_precision(config: TrainConfig):
@@ -880,18 +940,20 @@ def any_rank(signals: list[int]) -> int:
 
 
 def catch_signals() -> list[int]:
-    """Return a list that receives SIGINT and SIGTERM; a second signal ends the program.
+    """Return a list that receives SIGINT, SIGTERM and SIGHUP; a second one ends the program.
 
     Not under torchrun: there each rank receives a Ctrl-C twice, from the terminal and torchrun.
     """
-    received, signals = [], (signal.SIGINT, signal.SIGTERM)
+    received, signals = [], [signal.SIGINT, signal.SIGTERM]
+    if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)  # a closed terminal; nohup ignores it
 
     def handle(number, frame):
         received.append(number)
         if dist.is_initialized():
             return
         with contextlib.suppress(OSError):  # print is not allowed in a signal handler
-            os.write(1, b"stopping after this update; a second signal stops at once\n")
+            os.write(1, b"stopping after this update or batch; a second signal stops at once\n")
         for each in signals:
             signal.signal(each, signal.SIG_DFL)
 
@@ -936,6 +998,11 @@ def process_group():
         raise
     all_gather(None)  # torchrun ends all ranks at the first one's exit code
     dist.destroy_process_group()
+
+
+def lock_by_rank0(folder: str):
+    """Return a context in which no other run can write to the folder."""
+    return lock(folder) if get_rank() == 0 else contextlib.nullcontext()
 
 
 def leave(exit_code: int):

@@ -30,10 +30,19 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # What `ast` raises for text that is not Python: wrong, not UTF-8, nested too deeply, ...
 NOT_PYTHON = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 
-# Names that are not settings here, and what to use instead.
+# Names that are not settings here, and what to use instead; most are nanoGPT's.
 OTHER_NAMES = {
     "plan": "nothing: the first lines of every run say what it takes",
     "recompute": "--activation_checkpointing",
+    "block_size": "--context_length",
+    "gradient_accumulation_steps": "--batch_size (per update) and --micro_batch_size (per pass)",
+    "lr": "--learning_rate",
+    "lr_decay_iters": "--max_iters",
+    "decay_lr": "--lr_schedule",
+    "eval_only": "sample.py --score",
+    "always_save_checkpoint": "--checkpoint_interval",
+    "wandb_log": "--wandb",
+    "backend": "nothing: it is chosen by the device",
 }
 
 
@@ -52,8 +61,9 @@ def user_errors():
 
 def run(main):
     """Call `main(argv)` for a script; print errors that the user can fix as one line."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed
-        stream.reconfigure(errors="replace")  # for characters that the terminal cannot show
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not if it is closed, or in a notebook
+            stream.reconfigure(errors="replace")  # for characters that the terminal cannot show
     try:
         return main(sys.argv[1:])
     except UserError as error:
@@ -192,7 +202,8 @@ def describe(cls, types: dict, given: dict) -> str:
         if name not in types:
             lines.append("\n" + meaning.lstrip("# "))
         elif name != "sources":
-            setting = f"--{name} {'' if types[name] is bool else type_name(types[name])}"
+            kind = f", --no-{name}" if types[name] is bool else f" {type_name(types[name])}"
+            setting = f"--{name}{kind}"
             lines.append(f"  {setting:<34} {meaning} [{defaults[name]}]")
     return "\n".join(lines)
 

@@ -151,7 +151,7 @@ def test_help_lists_every_setting(capsys):
         "how many [None]",
     ):
         assert line in out
-    assert "--kind round or square" in out and "--loud  " in out
+    assert "--kind round or square" in out and "--loud, --no-loud  " in out
 
 
 def test_help_shows_the_values_of_a_config_file(capsys, tmp_path):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 
+import config
 import prepare
 import train
 from model import GPT, GPTConfig
@@ -766,7 +767,7 @@ def test_compiled_updates_are_the_same(command, dataset, monkeypatch):
 
 
 PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200 NVL": 835e12}
-PEAKS |= {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L40S": 362e12, "NVIDIA L40": None}
+PEAKS |= {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L40S": 362e12, "NVIDIA L40": 181e12}
 PEAKS |= {"NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 Laptop GPU": None}
 PEAKS |= {"Quadro T400": None, "NVIDIA GeForce GTX 1080": None}
 
@@ -836,9 +837,11 @@ def test_a_damaged_dataset_is_refused(command, dataset, harm, message):
 
 def test_wandb_gets_the_keys_of_metrics(command, dataset, folder, monkeypatch):
     class Recorder:
-        lines = []
+        lines, starts = [], []
 
         def init(self, **options):
+            self.starts.append((options["id"], options["project"]))
+            self.id = options["id"] or "new"
             return self
 
         def log(self, values, step):
@@ -847,6 +850,13 @@ def test_wandb_gets_the_keys_of_metrics(command, dataset, folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Recorder())
     assert command("train.py", *TINY, "--wandb")[0] == 0
     assert without_clock(Recorder.lines) == metrics("out")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    assert command("train.py", "--init_from=resume", "--max_iters=7")[0] == 0
+    assert Recorder.starts == [(None, "gpt"), ("new", "mine")]
+    monkeypatch.setattr(Recorder, "init", lambda self, **options: 1 / 0)
+    code, _, err = command("train.py", *TINY, "--wandb")
+    assert code == 2 and "--wandb: division by zero; WANDB_MODE=offline" in err
+    assert err.count("\n") == 1
     monkeypatch.setitem(sys.modules, "wandb", None)
     code, _, err = command("train.py", *TINY, "--wandb")
     assert code == 2 and "pip install wandb" in err
@@ -870,7 +880,7 @@ REFUSED = {
     "--n_layer=0": "n_layer is 0; it must be at least 1",
     "--batch_size=-1": "batch_size is -1; it must be at least 1",
     "--micro_batch_size=0": "micro_batch_size is 0; it must be at least 1",
-    "--learning_rate=1e999": "learning_rate is inf; it must be finite, at least 0",
+    "--learning_rate=1e999": "learning_rate is inf; it must be at least 0 and finite",
     "--beta2=1": "beta2 is 1.0; it must be in [0, 1)",
     "--cooldown_fraction=0": "cooldown_fraction is 0.0; it must be in (0, 1]",
     "--dropout=1.5": "dropout is 1.5",
@@ -928,5 +938,103 @@ def test_help_lists_every_setting_without_data(command, folder, script):
     settings = getattr(sys.modules[name], f"{name.capitalize()}Config").__dataclass_fields__
     assert code == 0
     for setting in set(settings) - {"sources"}:
-        line = next(line for line in out.splitlines() if line.startswith(f"  --{setting} "))
+        line = next(
+            line
+            for line in out.splitlines()
+            if line.startswith((f"  --{setting} ", f"  --{setting},"))
+        )
         assert len(line.split()) > 4, line
+
+
+# --- What real use found --------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_same_folder_is_refused(dataset, folder, shell):
+    argv = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters=100000"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if " loss " in line and "lr" in line)
+        code, _, err = shell("train.py", *TINY)
+        process.send_signal(signal.SIGHUP)  # as of a closed terminal
+        process.stdout.read()
+    assert code == 2 and "another process is writing there" in err and err.count("\n") == 1
+    assert process.returncode == 128 + signal.SIGHUP
+    assert torch.load("out/model.ckpt", weights_only=True)["step"] == metrics("out")[-1]["step"]
+    assert shell("train.py", "--init_from=resume", "--max_iters=1")[0] == 0  # the lock is free
+
+
+def test_a_run_saves_at_evaluations(command, dataset, folder, monkeypatch):
+    """Of a run that is killed at most one interval is lost, unless saving takes long."""
+    saved = []
+    original = train.save_checkpoint
+
+    def save(gpt, optimizers, log, name, state):
+        result = original(gpt, optimizers, log, name, state)
+        saved.append(state["step"])
+        log.save_seconds = 1e-9 if len(saved) < 3 else 1e9
+        return result
+
+    monkeypatch.setattr(train, "save_checkpoint", save)
+    assert command("train.py", *TINY, "--max_iters=15")[0] == 0
+    assert saved == [3, 6, 9, 15]
+
+
+def test_weights_that_the_run_would_move_are_refused(command, dataset, folder):
+    command("train.py", *TINY, "--save_best")
+    before = (folder / "out/best.ckpt").read_bytes()
+    code, _, err = command("train.py", *TINY, "--init_from=out/best.ckpt")
+    assert code == 2 and "give another --out_dir" in err and err.count("\n") == 1
+    assert (folder / "out/best.ckpt").read_bytes() == before
+    assert command("train.py", *TINY, "--init_from=out/best.ckpt", "--out_dir=b")[0] == 0
+
+
+def test_a_signal_stops_an_evaluation_and_resuming_makes_up_for_it(
+    command, dataset, folder, monkeypatch
+):
+    assert command("train.py", *TINY, "--out_dir=whole")[0] == 0
+    original, calls = train.read_windows, []
+
+    def read_windows(stream, starts, config):
+        calls.append(len(calls))
+        if len(calls) == 9:  # in the evaluation after 3 updates, whose first batch is number 8
+            signal.raise_signal(signal.SIGINT)
+        assert len(calls) < 10
+        return original(stream, starts, config)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "read_windows", read_windows)
+        assert command("train.py", *TINY)[0] == 130
+    assert [x["step"] for x in metrics("out") if "val_loss" in x] == [0]
+    assert command("train.py", "--init_from=resume")[0] == 0
+    assert differences(result("whole"), result("out")) == []
+
+
+def test_samples_end_at_endoftext_and_begin_with_the_validation_text(command, dataset, monkeypatch):
+    original, argv = GPT.forward, [*TINY[:-2], "--dataset=words"]
+
+    def forward(self, idx, targets=None, **options):
+        logits = original(self, idx, targets, **options)
+        if targets is None:
+            logits = torch.zeros_like(logits)
+            logits[..., 256] = 1
+        return logits
+
+    monkeypatch.setattr(GPT, "forward", forward)
+    code, out, _ = command("train.py", *argv)
+    text = bytes(np.fromfile("data/words/val.bin", np.uint16)[:8].astype(np.uint8)).decode()
+    assert code == 0 and f"      {text.strip()}\n" in out
+    code, out, _ = command("train.py", *argv, "--sample_prompt=a<|endoftext|>")
+    assert code == 0 and "      a<|endoftext|>\n" in out
+
+
+def test_training_goes_on_without_a_vocabulary(command, dataset, monkeypatch):
+    def unreachable(name):
+        raise config.UserError("cannot get the vocabulary")
+
+    monkeypatch.setattr(prepare, "get_tokenizer", unreachable)
+    code, out, _ = command("train.py", *TINY, "--sample_prompt=a")
+    assert code == 0 and out.count("no samples: cannot get the vocabulary\n") == 1
+
+
+def test_a_warmup_that_never_ends_is_said(command, dataset):
+    _, out, _ = command("train.py", *TINY, "--warmup_iters=1000")
+    assert "warning: a warm-up of 1,000 updates never ends in this run" in out
