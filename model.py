@@ -15,10 +15,13 @@ names of OpenAI's release, as in nanoGPT and Hugging Face transformers.
 
 import contextlib
 import copy
+import hashlib
+import json
 import math
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass, replace
@@ -295,17 +298,24 @@ class GPT(nn.Module):
         """Return a Hugging Face GPT-2 from a folder or the hub, in evaluation mode."""
         return load_hugging_face(name, **changes)[0]
 
-    def save_pretrained(self, folder: str, tokenizer: str):
+    def save_pretrained(self, folder: str, tokenizer: str | None):
         """Write config.json and weights for transformers' `GPT2LMHeadModel.from_pretrained`.
 
         `tokenizer` is stored in config.json for `load_model`; transformers ignores it. Raises
-        ValueError for a model that is not a GPT-2.
+        ValueError for a model that is not a GPT-2 or has weights that are not finite, and for a
+        folder with the files of another tokenizer.
         """
         newer = [x for x in ("rotary", "rms_norm", "qk_norm") if getattr(self.config, x)]
         if newer:
             raise ValueError(f"not expressible as GPT-2: a model with {', '.join(newer)}")
+        check_finite(*self.parameters())
         transformers = import_transformers(folder)
-        exported = transformers.GPT2LMHeadModel(gpt2_config(self.config, tokenizer=tokenizer))
+        found, description = find_tokenizer(Path(folder))
+        if description and (tokenizer is None or found != tokenizer):
+            raise ValueError(f"{folder} has another tokenizer ({description}): name a new folder")
+        end = END_TOKENS.get(tokenizer)
+        extra = dict(tokenizer=tokenizer, bos_token_id=end, eos_token_id=end)
+        exported = transformers.GPT2LMHeadModel(gpt2_config(self.config, **extra))
         exported.to(self.lm_head.weight)  # its device and dtype
         state = self.state_dict()
         for name, target in exported.state_dict().items():
@@ -651,8 +661,9 @@ def load_model(name: str, **changes) -> tuple[GPT, dict]:
 
     `name` is a checkpoint file (of train.py or nanoGPT), a folder in Hugging Face's GPT-2 format,
     or a name on the Hugging Face hub. The model is in evaluation mode, in float32, on the CPU.
-    `changes` are fields of GPTConfig to override, such as `dropout`. Raises ValueError, saying why,
-    if there is no such model.
+    `changes` are fields of GPTConfig to override, such as `dropout`. "tokenizer" is None if it is
+    not known, and "vocabulary" then describes it. Raises ValueError, saying why, if there is no
+    such model.
     """
     if os.path.isfile(name) or str(name).endswith((".ckpt", ".pt")):
         return load_checkpoint(name, **changes)
@@ -669,6 +680,8 @@ def load_checkpoint(path: str, **changes) -> tuple[GPT, dict]:
         for name, tensor in checkpoint.pop("model").items():
             if not name.endswith(".attn.bias"):  # the causal mask of old nanoGPT
                 state[name.removeprefix("_orig_mod.").removeprefix("module.")] = tensor
+        if "tokenizer" not in checkpoint:
+            checkpoint |= guess_tokenizer(path, args["vocab_size"])
         return from_state(GPTConfig(**args | changes), state), checkpoint
     except Exception as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
@@ -693,6 +706,26 @@ def read_checkpoint(path: str) -> dict:
         raise ValueError(f"cannot read {path}: it is truncated, or not a checkpoint") from None
     except Exception as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
+
+
+def guess_tokenizer(path: str, vocab_size: int) -> dict:
+    """Return {"tokenizer": ...} of weights that name none: gpt2 by its size, otherwise None."""
+    if vocab_size in (50257, 50304):  # 50,304 with nanoGPT's padding
+        notice(f"{path} names no tokenizer; its {vocab_size:,} ids are taken for GPT-2's")
+        return {"tokenizer": "gpt2"}
+    return {"tokenizer": None, "vocabulary": f"{vocab_size:,} ids without names"}
+
+
+def notice(message: str):
+    """Print a line on standard error, in rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(f"({message})", file=sys.stderr)
+
+
+def check_finite(*tensors: Tensor):
+    """Raise ValueError unless all numbers in `tensors` are finite."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise ValueError("the model has or computes NaN or infinity: damaged, or a bad --dtype")
 
 
 def one_line(error: Exception) -> str:
@@ -741,6 +774,13 @@ REQUIRED_VALUES = {
 # Matrices that OpenAI stored as (in, out), where nn.Linear has (out, in).
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
+# The id of <|endoftext|> in each tokenizer.
+END_TOKENS = {"bytes": 256, "cl100k_base": 100257, "o200k_base": 199999, "o200k_harmony": 199999}
+END_TOKENS |= dict.fromkeys(("gpt2", "r50k_base", "p50k_base", "p50k_edit"), 50256)
+
+# SHA-256 of GPT-2's vocabulary, merges and ids of a text, as `find_tokenizer` computes it.
+GPT2_SHA256 = "d86dc3c8019996ab1027e2512aa4a37ae17f3c19297ad4eb5ebdf00a2f61f401"
+
 
 def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
     """Return a GPT-2 in Hugging Face's format, and {"tokenizer": ...}; see `load_model`."""
@@ -778,7 +818,35 @@ def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
         compare_logits(gpt, loaded)
     except Exception as error:  # transformers raises many kinds
         raise ValueError(f"cannot read {path} as GPT-2: {one_line(error)}") from error
-    return gpt, {"tokenizer": saved.get("tokenizer", "gpt2")}
+    tokenizer, description = find_tokenizer(folder)
+    if not description and "tokenizer" not in saved:
+        return gpt, guess_tokenizer(path, config.vocab_size)
+    if not description:  # config.json is from `save_pretrained`
+        tokenizer, description = saved["tokenizer"], "no tokenizer files"
+    return gpt, {"tokenizer": tokenizer, "vocabulary": description}
+
+
+def find_tokenizer(folder: Path) -> tuple[str | None, str]:
+    """Return gpt2 or None, and a description of the tokenizer files in a folder; "" for no files.
+
+    A tokenizer is gpt2 if it has GPT-2's merges and first 50,257 tokens; others may follow.
+    """
+    starts = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+    files = sorted(path.name for path in folder.glob("*") if path.name.startswith(starts))
+    if not files:
+        return None, ""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokens = sorted(found.get_vocab().items(), key=lambda token: token[1])
+        merges = json.loads(found.backend_tokenizer.to_str())["model"].get("merges", [])
+        ids = found.encode("It's naïve:\n\n  1234 effort<|endoftext|>", add_special_tokens=False)
+    except Exception:  # transformers raises many kinds
+        return None, ", ".join(files)
+    digest = hashlib.sha256(json.dumps([tokens[:50257], merges, ids]).encode()).hexdigest()
+    description = f"{type(found).__name__} of {len(tokens):,} tokens"
+    return "gpt2" if digest == GPT2_SHA256 else None, description
 
 
 def import_transformers(path: str):
@@ -797,7 +865,8 @@ def download(name: str) -> str:
     from huggingface_hub import snapshot_download  # comes with transformers
 
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # no network, no such name, no permission, ...
         raise ValueError(f"it is no file or folder, and the hub says: {error}") from error
 
@@ -819,6 +888,7 @@ def compare_logits(gpt: GPT, reference: nn.Module):
     idx = idx.to(gpt.lm_head.weight.device)
     with evaluation_mode(gpt):
         logits = gpt(idx)
+    check_finite(logits)
     difference = (logits - reference.eval()(idx).logits).abs().max()
     if not difference <= 1000 * torch.finfo(logits.dtype).eps * logits.abs().max():  # or NaN
         raise ValueError(f"its logits differ from transformers' by {difference:.1g}")

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import prepare
-from config import UserError, parse, run, user_errors
-from model import GPT, choose_device, load_checkpoint, load_model, prepack
+from config import UserError, lock, parse, run, user_errors
+from model import GPT, check_finite, choose_device, load_checkpoint, load_model, prepack
 
 import torch
 
@@ -67,10 +67,12 @@ def main(argv: list[str]):
         device, dtype = choose_device(config.device, config.dtype)
         name = config.init_from
         gpt, saved = load_model(name) if name else load_checkpoint(config.ckpt)
-    name = saved.pop("tokenizer", "gpt2")
+    name, vocabulary = saved.pop("tokenizer"), saved.get("vocabulary")
     saved.clear()  # releases the optimizer's state
     if config.export:
         return export(gpt, name, config.export)
+    if name is None:
+        raise UserError(f"no text in or out: the model's tokenizer is not known ({vocabulary})")
     if config.score and config.dtype == "auto":
         dtype = torch.float32  # a loss with all its digits
     gpt = prepack(gpt.to(device, dtype))
@@ -132,6 +134,8 @@ def write(prompt: str, config: SampleConfig, gpt: GPT, tokenizer):
     decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back incomplete characters
     rows = []  # of each position the tokens of all samples
     for token, logits in stream:  # (num_samples, 1), (num_samples, V)
+        with user_errors():
+            check_finite(logits)
         rows.append(token[:, 0].tolist())
         id = rows[-1][0]
         if config.stop and id == end:
@@ -185,19 +189,29 @@ def score(text: str, gpt: GPT, tokenizer):
         new = start + targets.shape[1] - done
         total += gpt(window[:, :-1], targets).item() * new
         done += new
+    with user_errors():
+        check_finite(torch.tensor(total))
     loss, size = total / done, len(prepare.decode_bytes(tokenizer, ids[1:].tolist()))
     print(f"tokens         {done:,}\nloss           {loss:.4f} nats per token")
     print(f"perplexity     {math.exp(min(loss, 700)):,.2f}")
     print(f"bits per byte  {total / math.log(2) / size:.4f}")
 
 
-def export(gpt: GPT, tokenizer: str, folder: str):
+def export(gpt: GPT, tokenizer: str | None, folder: str):
     """Write weights, and gpt2's tokenizer files, for Hugging Face's transformers."""
-    with user_errors():
+    lacking = f"tokenizer files of {tokenizer or 'the tokenizer, which is not known here'}"
+    with user_errors(), lock(folder):
         gpt.save_pretrained(folder, tokenizer)
         if tokenizer == "gpt2":
-            prepare.save_gpt2_tokenizer(folder)
+            try:
+                prepare.save_gpt2_tokenizer(folder)
+                unnamed = gpt.config.vocab_size - 50257
+                lacking = f"names of the last {unnamed:,} ids" if unnamed > 0 else ""
+            except UserError as error:
+                lacking = f"tokenizer files: {error}"
     print(f"written: {folder}, for GPT2LMHeadModel.from_pretrained")
+    if lacking:
+        print(f"without {lacking}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import prepare
-from model import GPT
+from model import GPT, GPTConfig
 
 import pytest
 import torch
@@ -169,6 +169,36 @@ def test_endoftext_in_a_prompt_is_one_token(command, trained, monkeypatch):
     command("sample.py", "--start=<|endoftext|>a")
     command("sample.py")
     assert seen == [[256, 97], [256]]
+
+
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "transformer.wte.weight", "transformer.h.0.mlp.c_fc.bias"]
+)
+def test_numbers_that_are_not_finite_are_no_result(command, trained, name):
+    saved = torch.load("out/model.ckpt")
+    saved["model"]["lm_head.weight"] = saved["model"]["lm_head.weight"].clone()
+    saved["model"][name][97 % len(saved["model"][name])] = math.nan
+    torch.save(saved | {"model_args": saved["model_args"] | {"tie_weights": False}}, "bad.ckpt")
+    use = ["--start=a"], ["--start=a", "--temperature=0"], ["--score=words.txt"], ["--export=out2"]
+    for argv in use:
+        code, out, err = command("sample.py", "--ckpt=bad.ckpt", *argv)
+        assert code == 2 and err.count("\n") == 1 and "NaN or infinity" in err
+        assert out.strip() in ("", "a"), argv
+
+
+def test_a_checkpoint_without_a_tokenizer(command, trained):
+    """nanoGPT's checkpoints: of 65 characters, which only their meta.pkl names, or GPT-2's."""
+    for vocab_size in (65, 50257, 50304):
+        args = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=True, vocab_size=vocab_size)
+        shape = {x: args[x] for x in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        model = GPT(GPTConfig(**shape, context_length=8)).state_dict()
+        torch.save({"model": model, "model_args": args, "config": {}}, "ckpt.pt")
+        code, out, err = command("sample.py", "--ckpt=ckpt.pt", "--start=!", "--max_new_tokens=1")
+        if vocab_size == 65:
+            assert code == 2 and not out and "tokenizer is not known (65 ids" in err
+        else:
+            assert code == 0 and out.startswith("!") and "taken for GPT-2's" in err
+        assert err.count("\n") == 1
 
 
 def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
