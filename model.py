@@ -16,7 +16,6 @@ names of OpenAI's release, as in nanoGPT and Hugging Face transformers.
 import contextlib
 import copy
 import hashlib
-import json
 import math
 import os
 import pickle
@@ -27,7 +26,7 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config import atomic_write
+from config import UserError, atomic_write
 
 import torch
 import torch.distributed as dist
@@ -216,13 +215,15 @@ class GPT(nn.Module):
         """Continue `idx` (B, T) int64 and return (B, T + new), with new <= `max_new_tokens`.
 
         `temperature` 0 takes the token with the largest logit; otherwise tokens are drawn from
-        softmax(logits / temperature), restricted as `sample_token` says. Row n draws its random
-        numbers from `seed` + n, independently of other rows. After `stop_token` a row repeats it;
-        generation ends once all rows have produced it.
+        softmax(logits / temperature), restricted as `sample_token` says. Each row draws its random
+        numbers from `seed` and its own number, independently of other rows. After `stop_token` a
+        row repeats it; generation ends once all rows have produced it.
 
         With `use_cache` (see `stream`) each token is computed once; without, the whole context is
         computed for every new token.
         """
+        if not isinstance(idx, Tensor) or idx.dim() != 2 or not idx.numel():
+            raise ValueError("idx must be token ids (B, T), not text: get_tokenizer(name).encode")
         rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if use_cache:
             for token, _ in self.stream(idx, max_new_tokens, seed, stop_token, **rules):
@@ -375,10 +376,14 @@ def evaluation_mode(model: nn.Module):
 
 
 def make_generators(seed: int | None, B: int) -> list[torch.Generator]:
-    """Return a random number generator for each row, seeded with `seed` + row."""
+    """Return a random number generator for each row, seeded with `seed` and the row."""
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    return [torch.Generator().manual_seed(seed + row) for row in range(B)]
+    digests = (hashlib.sha256(f"{seed} {row}".encode()).hexdigest() for row in range(B))
+    keys = [int(digest[:8], 16) for digest in digests]  # torch.Generator uses 32 bits
+    if seed < 2**32:
+        keys[0] = seed  # one row is the same as ever
+    return [torch.Generator().manual_seed(key) for key in keys]
 
 
 def repeat_stop(token: Tensor, ended: Tensor, stop_token: int | None) -> tuple[Tensor, Tensor]:
@@ -403,6 +408,9 @@ def sample_token(
     `top_p` (nucleus sampling, Holtzman et al. 2020); tokens at least `min_p` times as likely as the
     most likely one (Nguyen et al. 2024).
     """
+    if not (temperature >= 0 and (top_k is None or top_k >= 1) and 0 < top_p <= 1 and min_p <= 1):
+        limits = "temperature must be at least 0, top_k at least 1 or None"
+        raise ValueError(f"{limits}, top_p above 0 and at most 1, min_p at most 1")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k is not None:
@@ -659,13 +667,13 @@ def newton_schulz(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
 def load_model(name: str, **changes) -> tuple[GPT, dict]:
     """Return a model and what else is stored with it, such as "tokenizer".
 
-    `name` is a checkpoint file (of train.py or nanoGPT), a folder in Hugging Face's GPT-2 format,
-    or a name on the Hugging Face hub. The model is in evaluation mode, in float32, on the CPU.
-    `changes` are fields of GPTConfig to override, such as `dropout`. "tokenizer" is None if it is
-    not known, and "vocabulary" then describes it. Raises ValueError, saying why, if there is no
+    `name` is a checkpoint file (of train.py, nanoGPT or the book), a folder in Hugging Face's GPT-2
+    format, or a name on the Hugging Face hub. The model is in evaluation mode, in float32, on the
+    CPU. `changes` are fields of GPTConfig to override, such as `dropout`. "tokenizer" is None if it
+    is not known, and "vocabulary" then describes it. Raises ValueError, saying why, if there is no
     such model.
     """
-    if os.path.isfile(name) or str(name).endswith((".ckpt", ".pt")):
+    if os.path.isfile(name) or str(name).endswith((".ckpt", ".pt", ".pth")):
         return load_checkpoint(name, **changes)
     return load_hugging_face(name, **changes)
 
@@ -674,15 +682,14 @@ def load_checkpoint(path: str, **changes) -> tuple[GPT, dict]:
     """Return the model in a checkpoint file and the file's other contents; see `load_model`."""
     checkpoint = read_checkpoint(path)
     try:
-        args, state = dict(checkpoint.pop("model_args")), {}
+        state = rename_tensors(checkpoint.pop("model"))
+        args = checkpoint.pop("model_args") if "model_args" in checkpoint else book_shape(state)
         if "block_size" in args:  # nanoGPT's name
             args["context_length"] = args.pop("block_size")
-        for name, tensor in checkpoint.pop("model").items():
-            if not name.endswith(".attn.bias"):  # the causal mask of old nanoGPT
-                state[name.removeprefix("_orig_mod.").removeprefix("module.")] = tensor
+        gpt = from_state(GPTConfig(**args | changes), state)
         if "tokenizer" not in checkpoint:
-            checkpoint |= guess_tokenizer(path, args["vocab_size"])
-        return from_state(GPTConfig(**args | changes), state), checkpoint
+            checkpoint |= guess_tokenizer(gpt.config.vocab_size)
+        return gpt, checkpoint
     except Exception as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
 
@@ -690,13 +697,19 @@ def load_checkpoint(path: str, **changes) -> tuple[GPT, dict]:
 def read_checkpoint(path: str) -> dict:
     """Return the contents of a checkpoint file, without running any code in it.
 
-    Raises ValueError, saying why, for a file that train.py has not written.
+    A state dict of the book's GPTModel, alone or as "model_state_dict", is returned as "model".
+    Raises ValueError, saying why, for a file that is neither this nor from train.py or nanoGPT.
     """
+    if os.path.isdir(path):
+        path = os.path.join(path, "model.ckpt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save writes a zip archive
             if archive.testzip():  # torch.load does not verify the checksums
                 raise ValueError("it is damaged, its checksums do not match")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint.get("model_state_dict", checkpoint)
+        if any(str(name).endswith("tok_emb.weight") for name in state):  # the book, section 5.4
+            return {"model": state}
         if not {"model", "model_args"} <= set(checkpoint):
             raise ValueError("it lacks model or model_args, which train.py writes")
         return checkpoint
@@ -708,24 +721,53 @@ def read_checkpoint(path: str) -> dict:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
 
 
-def guess_tokenizer(path: str, vocab_size: int) -> dict:
+# The names of modules and parameters in the book's GPTModel (chapter 4), and here.
+BOOK_NAMES = {"tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "out_head": "lm_head"}
+BOOK_NAMES |= {"trf_blocks": "transformer.h", "final_norm": "transformer.ln_f"}
+BOOK_NAMES |= {"norm1": "ln_1", "norm2": "ln_2", "scale": "weight", "shift": "bias"}
+BOOK_NAMES |= {"att.out_proj": "attn.c_proj", "att.W_query": "attn.c_attn"}
+BOOK_NAMES |= {"ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj"}
+
+
+def rename_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of train.py, nanoGPT or the book by the names of GPT's parameters."""
+    state = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("_orig_mod.").removeprefix("module.")
+        if "att.W_query." in name:  # the book has three matrices (C, C), here is one, (3C, C)
+            parts = [name.replace("W_query", part) for part in ("W_query", "W_key", "W_value")]
+            tensor = torch.cat([tensors[part] for part in parts])
+        for theirs, ours in BOOK_NAMES.items():
+            name = name.replace(theirs, ours)
+        # Without W_key, W_value and the causal masks of the book and of old nanoGPT.
+        if ".att." not in name and not name.endswith(".attn.bias"):
+            state[name] = tensor
+    return state
+
+
+def book_shape(state: dict[str, Tensor]) -> dict:
+    """Return the fields of GPTConfig of a model of the book, from its renamed tensors."""
+    (V, C), T = state["transformer.wte.weight"].shape, len(state["transformer.wpe.weight"])
+    if C % 64:
+        raise ValueError(f"its number of heads is not known: {C} channels are not the book's")
+    print(f"(heads are not stored: taken as {C // 64}, as in the book's models)", file=sys.stderr)
+    shape = dict(vocab_size=V, context_length=T, n_embd=C, n_head=C // 64, tie_weights=False)
+    shape["n_layer"] = len({name.split(".")[2] for name in state if ".h." in name})
+    return shape | {"qkv_bias": "transformer.h.0.attn.c_attn.bias" in state}
+
+
+def guess_tokenizer(vocab_size: int) -> dict:
     """Return {"tokenizer": ...} of weights that name none: gpt2 by its size, otherwise None."""
     if vocab_size in (50257, 50304):  # 50,304 with nanoGPT's padding
-        notice(f"{path} names no tokenizer; its {vocab_size:,} ids are taken for GPT-2's")
+        print(f"(no tokenizer named: {vocab_size:,} ids are taken for GPT-2's)", file=sys.stderr)
         return {"tokenizer": "gpt2"}
     return {"tokenizer": None, "vocabulary": f"{vocab_size:,} ids without names"}
 
 
-def notice(message: str):
-    """Print a line on standard error, in rank 0."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(f"({message})", file=sys.stderr)
-
-
 def check_finite(*tensors: Tensor):
-    """Raise ValueError unless all numbers in `tensors` are finite."""
+    """Raise UserError unless all numbers in `tensors` are finite."""
     if not all(tensor.isfinite().all() for tensor in tensors):
-        raise ValueError("the model has or computes NaN or infinity: damaged, or a bad --dtype")
+        raise UserError("the model has or computes NaN or infinity: damaged, or a bad --dtype")
 
 
 def one_line(error: Exception) -> str:
@@ -778,8 +820,8 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 END_TOKENS = {"bytes": 256, "cl100k_base": 100257, "o200k_base": 199999, "o200k_harmony": 199999}
 END_TOKENS |= dict.fromkeys(("gpt2", "r50k_base", "p50k_base", "p50k_edit"), 50256)
 
-# SHA-256 of GPT-2's vocabulary, merges and ids of a text, as `find_tokenizer` computes it.
-GPT2_SHA256 = "d86dc3c8019996ab1027e2512aa4a37ae17f3c19297ad4eb5ebdf00a2f61f401"
+# SHA-256 of GPT-2's vocabulary and the ids of a text, as `find_tokenizer` computes it.
+GPT2_SHA256 = "e06f2080214fb222b055ea07dc32866e3f3174f6df968c940d12f5739bcf04c4"
 
 
 def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
@@ -820,7 +862,7 @@ def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
         raise ValueError(f"cannot read {path} as GPT-2: {one_line(error)}") from error
     tokenizer, description = find_tokenizer(folder)
     if not description and "tokenizer" not in saved:
-        return gpt, guess_tokenizer(path, config.vocab_size)
+        return gpt, guess_tokenizer(config.vocab_size)
     if not description:  # config.json is from `save_pretrained`
         tokenizer, description = saved["tokenizer"], "no tokenizer files"
     return gpt, {"tokenizer": tokenizer, "vocabulary": description}
@@ -829,7 +871,7 @@ def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
 def find_tokenizer(folder: Path) -> tuple[str | None, str]:
     """Return gpt2 or None, and a description of the tokenizer files in a folder; "" for no files.
 
-    A tokenizer is gpt2 if it has GPT-2's merges and first 50,257 tokens; others may follow.
+    A tokenizer is gpt2 if it has GPT-2's first 50,257 tokens and ids; others may follow.
     """
     starts = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
     files = sorted(path.name for path in folder.glob("*") if path.name.startswith(starts))
@@ -839,13 +881,14 @@ def find_tokenizer(folder: Path) -> tuple[str | None, str]:
 
     try:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        tokens = sorted(found.get_vocab().items(), key=lambda token: token[1])
-        merges = json.loads(found.backend_tokenizer.to_str())["model"].get("merges", [])
-        ids = found.encode("It's naïve:\n\n  1234 effort<|endoftext|>", add_special_tokens=False)
+        vocabulary = found.get_vocab()
+        tokens = sorted(vocabulary, key=vocabulary.get)[:50257]
+        text = "".join(tokens).replace("Ġ", " ")  # needs nearly all merges
+        ids = found.encode(text, add_special_tokens=False)
     except Exception:  # transformers raises many kinds
         return None, ", ".join(files)
-    digest = hashlib.sha256(json.dumps([tokens[:50257], merges, ids]).encode()).hexdigest()
-    description = f"{type(found).__name__} of {len(tokens):,} tokens"
+    digest = hashlib.sha256(repr((tokens, ids)).encode()).hexdigest()
+    description = f"{type(found).__name__} of {len(vocabulary):,} tokens"
     return "gpt2" if digest == GPT2_SHA256 else None, description
 
 
@@ -888,7 +931,6 @@ def compare_logits(gpt: GPT, reference: nn.Module):
     idx = idx.to(gpt.lm_head.weight.device)
     with evaluation_mode(gpt):
         logits = gpt(idx)
-    check_finite(logits)
     difference = (logits - reference.eval()(idx).logits).abs().max()
     if not difference <= 1000 * torch.finfo(logits.dtype).eps * logits.abs().max():  # or NaN
         raise ValueError(f"its logits differ from transformers' by {difference:.1g}")

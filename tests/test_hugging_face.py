@@ -238,7 +238,7 @@ def save_tokenizer(folder, kind):
 @pytest.mark.parametrize(
     "kind, vocab_size, says",
     [
-        ("none", 50257, "names no tokenizer; its 50,257 ids are taken for GPT-2's"),
+        ("none", 50257, "no tokenizer named: 50,257 ids are taken for GPT-2's"),
         ("none", 65, "tokenizer is not known (65 ids without names)"),
         ("gpt2", 50257, ""),
         ("padded", 50258, ""),
