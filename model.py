@@ -379,10 +379,9 @@ def make_generators(seed: int | None, B: int) -> list[torch.Generator]:
     """Return a random number generator for each row, seeded with `seed` and the row."""
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    digests = (hashlib.sha256(f"{seed} {row}".encode()).hexdigest() for row in range(B))
-    keys = [int(digest[:8], 16) for digest in digests]  # torch.Generator uses 32 bits
-    if seed < 2**32:
-        keys[0] = seed  # one row is the same as ever
+    keys = [seed]  # torch.Generator uses 32 bits of a key
+    for row in range(0 if seed >= 2**32 else 1, B):
+        keys[row:] = [int(hashlib.sha256(f"{seed} {row}".encode()).hexdigest()[:8], 16)]
     return [torch.Generator().manual_seed(key) for key in keys]
 
 
@@ -732,11 +731,11 @@ BOOK_NAMES |= {"ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj"}
 def rename_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of train.py, nanoGPT or the book by the names of GPT's parameters."""
     state = {}
-    for name, tensor in tensors.items():
-        name = name.removeprefix("_orig_mod.").removeprefix("module.")
+    for given_name, tensor in tensors.items():
+        name = given_name.removeprefix("_orig_mod.").removeprefix("module.")
         if "att.W_query." in name:  # the book has three matrices (C, C), here is one, (3C, C)
-            parts = [name.replace("W_query", part) for part in ("W_query", "W_key", "W_value")]
-            tensor = torch.cat([tensors[part] for part in parts])
+            others = [given_name.replace("W_query", other) for other in ("W_key", "W_value")]
+            tensor = torch.cat([tensor, *(tensors[other] for other in others)])
         for theirs, ours in BOOK_NAMES.items():
             name = name.replace(theirs, ours)
         # Without W_key, W_value and the causal masks of the book and of old nanoGPT.

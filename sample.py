@@ -41,7 +41,7 @@ class SampleConfig:
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a name such as cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
     # Text
-    start: str | None = None  # prompt; FILE:path: read it from a file, -: from a pipe
+    start: str | None = None  # prompt; FILE:path: read it from a file, -: from standard input
     num_samples: int = 1  # number of continuations, generated together
     max_new_tokens: int = 100  # maximum length of each
     stop: bool = True  # end a sample at <|endoftext|>
@@ -81,19 +81,18 @@ def main(argv: list[str]):
         device, dtype = choose_device(config.device, config.dtype)
         name = config.init_from
         gpt, saved = load_model(name) if name else load_checkpoint(config.ckpt)
-    name, vocabulary = saved.pop("tokenizer"), saved.get("vocabulary")
-    trained_on = saved.get("config", {}).get("dataset")
-    saved.clear()  # releases the optimizer's state
+    saved.pop("optimizer", None)  # releases its memory
     if config.export:
-        return export(gpt, name, config.export)
-    if name is None:
-        raise UserError(f"no text in or out: the model's tokenizer is not known ({vocabulary})")
+        return export(gpt, saved["tokenizer"], config.export)
+    if saved["tokenizer"] is None:
+        reason = f"the model's tokenizer is not known ({saved.get('vocabulary')})"
+        raise UserError(f"no text in or out: {reason}")
     if config.score and config.dtype == "auto":
         dtype = torch.float32  # a loss with all its digits
     gpt = prepack(gpt.to(device, dtype))
-    tokenizer = prepare.get_tokenizer(name)
+    tokenizer = prepare.get_tokenizer(saved["tokenizer"])
     if config.score == "val":
-        score(read_split(trained_on, name), gpt, tokenizer)
+        score(read_validation(saved), gpt, tokenizer)
     elif config.score:
         text = prepare.read_text(config.score)
         score(torch.tensor(tokenizer.encode_ordinary(text)), gpt, tokenizer)
@@ -200,13 +199,19 @@ def alternatives(id: int, logits: torch.Tensor, k: int, tokenizer) -> str:
 BATCH_NUMBERS = 2**25  # of a forward pass's logits, or of a layer, while scoring
 
 
-def read_split(dataset: str | None, tokenizer: str) -> torch.Tensor:
-    """Return the ids (N,) of the validation split of the dataset that a model was trained on."""
-    if dataset is None:
+def read_validation(saved: dict) -> torch.Tensor:
+    """Return the ids (N,) of the validation split that the model of a checkpoint was trained with.
+
+    Raises UserError if the checkpoint names no dataset, or the dataset is another one by now.
+    """
+    if "dataset" not in saved.get("config", {}):
         raise UserError("--score val: these weights do not name their dataset; give a file")
-    splits, meta = prepare.load_dataset(dataset)
-    if meta["tokenizer"] != tokenizer:
-        raise UserError(f"data/{dataset} holds tokens of {meta['tokenizer']}, not {tokenizer}")
+    name = saved["config"]["dataset"]
+    splits, meta = prepare.load_dataset(name)
+    fingerprint = f"{meta['train_fingerprint']} {meta['val_fingerprint']}"
+    found = meta["tokenizer"], fingerprint
+    if found != (saved["tokenizer"], saved.get("dataset", fingerprint)):
+        raise UserError(f"data/{name} is not what the model was trained on; give a file")
     return torch.from_numpy(splits["val"].astype("int64"))
 
 
@@ -247,7 +252,7 @@ def score(ids: torch.Tensor, gpt: GPT, tokenizer):
 
 def export(gpt: GPT, tokenizer: str | None, folder: str):
     """Write weights, and gpt2's tokenizer files, for Hugging Face's transformers."""
-    lacking = f"tokenizer files of {tokenizer or 'the tokenizer, which is not known here'}"
+    lacking = f"tokenizer files: its tokenizer is {tokenizer or 'not known'}"
     with user_errors(), lock(folder):
         gpt.save_pretrained(folder, tokenizer)
         if tokenizer == "gpt2":

@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import shutil
 import sys
 
 import model
 import prepare
+from config import UserError
 from model import GPT, GPTConfig, load_model
 
 import pytest
@@ -68,6 +70,11 @@ def test_sharded_files(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_same_logits(GPT.from_pretrained(tmp_path), model)
+    fresh = theirs(tmp_path / "fresh", n_layer=3, n_head=2)
+    for stale in tmp_path.glob("*.safetensors*"):  # beside a newer single file
+        shutil.copy(stale, tmp_path / "fresh")
+    assert (tmp_path / "fresh" / "model.safetensors.index.json").exists()
+    assert_same_logits(GPT.from_pretrained(tmp_path / "fresh"), fresh)
     shard = next(tmp_path.glob("*00002*.safetensors"))
     for harm in (lambda: shard.write_bytes(b"x" * 99_999), shard.unlink):
         harm()
@@ -266,7 +273,7 @@ def test_a_tokenizer_is_taken_for_gpt2s_only_if_it_is(command, tmp_path, kind, v
     assert code == (2 if kind in ("shuffled", "bert") else 0), err
 
 
-def test_export_on_the_command_line(command, tmp_path):
+def test_export_on_the_command_line(command, tmp_path, monkeypatch):
     """A GPT-2 vocabulary goes with its tokenizer; training can start from the folder."""
     theirs(tmp_path / "in", vocab_size=50257)
     assert command("sample.py", f"--init_from={tmp_path}/in", "--export=out")[0] == 0
@@ -277,3 +284,11 @@ def test_export_on_the_command_line(command, tmp_path):
     argv = ["--dataset=my", "--init_from=out", "--max_iters=2", "--eval_iters=1"]
     code, out, err = command("train.py", *argv, "--out_dir=o", "--sample_prompt=")
     assert (code, err) == (0, "") and "2 layers, 24 channels, 3 heads, context 16" in out
+
+    def refuse(folder):
+        raise UserError("cannot get the vocabulary of gpt2")
+
+    monkeypatch.setattr(prepare, "save_gpt2_tokenizer", refuse)
+    code, out, err = command("sample.py", "--init_from=out", "--export=out3")
+    assert code == 0 and "without tokenizer files: cannot get the vocabulary of gpt2" in out
+    assert load_model("out3")[1]["tokenizer"] == "gpt2"

@@ -757,7 +757,8 @@ def test_the_books_files_load(tmp_path, capsys, qkv_bias, with_optimizer):
     torch.manual_seed(0)
     state, idx = book_state(128, qkv_bias), torch.randint(50, (3, 8))
     with_adam = {"model_state_dict": state, "optimizer_state_dict": {"state": {}}}
-    torch.save(with_adam if with_optimizer else state, tmp_path / "model.pth")
+    compiled = {f"_orig_mod.{name}": tensor for name, tensor in state.items()}
+    torch.save(with_adam if with_optimizer else compiled, tmp_path / "model.pth")
     gpt, rest = load_model(tmp_path / "model.pth")
     torch.testing.assert_close(gpt(idx), book_logits(state, idx), atol=1e-4, rtol=1e-4)
     assert set(rest) == {"tokenizer", "vocabulary"} and not rest["tokenizer"] and not gpt.training
