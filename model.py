@@ -223,7 +223,8 @@ class GPT(nn.Module):
         computed for every new token.
         """
         if not isinstance(idx, Tensor) or idx.dim() != 2 or not idx.numel():
-            raise ValueError("idx must be token ids (B, T), not text: get_tokenizer(name).encode")
+            advice = "for a text, give torch.tensor([tokenizer.encode(text)])"
+            raise ValueError(f"idx must be a tensor (B, T) of token ids, not empty: {advice}")
         rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if use_cache:
             for token, _ in self.stream(idx, max_new_tokens, seed, stop_token, **rules):
@@ -379,10 +380,13 @@ def make_generators(seed: int | None, B: int) -> list[torch.Generator]:
     """Return a random number generator for each row, seeded with `seed` and the row."""
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    keys = [seed]  # torch.Generator uses 32 bits of a key
-    for row in range(0 if seed >= 2**32 else 1, B):
-        keys[row:] = [int(hashlib.sha256(f"{seed} {row}".encode()).hexdigest()[:8], 16)]
-    return [torch.Generator().manual_seed(key) for key in keys]
+
+    def key(row: int) -> int:
+        if row == 0 and seed < 2**32:  # torch.Generator uses 32 bits
+            return seed
+        return int(hashlib.sha256(f"{seed} {row}".encode()).hexdigest()[:8], 16)
+
+    return [torch.Generator().manual_seed(key(row)) for row in range(B)]
 
 
 def repeat_stop(token: Tensor, ended: Tensor, stop_token: int | None) -> tuple[Tensor, Tensor]:

@@ -427,9 +427,9 @@ def test_a_row_does_not_hang_on_the_others():
 @pytest.mark.parametrize(
     "idx, options, message",
     [
-        ("Every effort", {}, "not text"),
-        (torch.tensor([1, 2]), {}, "token ids .B, T."),
-        (torch.zeros(1, 0, dtype=torch.int64), {}, "token ids .B, T."),
+        ("Every effort", {}, "for a text, give"),
+        (torch.tensor([1, 2]), {}, "tensor .B, T. of token ids"),
+        (torch.zeros(1, 0, dtype=torch.int64), {}, "tensor .B, T. of token ids"),
         (torch.tensor([[1]]), {"top_k": 0}, "top_k at least 1"),
         (torch.tensor([[1]]), {"temperature": -1.0}, "temperature must be at least 0"),
         (torch.tensor([[1]]), {"top_p": 0.0}, "top_p above 0"),
