@@ -15,16 +15,18 @@ names of OpenAI's release, as in nanoGPT and Hugging Face transformers.
 
 import contextlib
 import copy
+import hashlib
 import math
 import os
 import pickle
 import shutil
+import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config import atomic_write
+from config import UserError, atomic_write
 
 import torch
 import torch.distributed as dist
@@ -213,13 +215,16 @@ class GPT(nn.Module):
         """Continue `idx` (B, T) int64 and return (B, T + new), with new <= `max_new_tokens`.
 
         `temperature` 0 takes the token with the largest logit; otherwise tokens are drawn from
-        softmax(logits / temperature), restricted as `sample_token` says. Row n draws its random
-        numbers from `seed` + n, independently of other rows. After `stop_token` a row repeats it;
-        generation ends once all rows have produced it.
+        softmax(logits / temperature), restricted as `sample_token` says. Each row draws its random
+        numbers from `seed` and its own number, independently of other rows. After `stop_token` a
+        row repeats it; generation ends once all rows have produced it.
 
         With `use_cache` (see `stream`) each token is computed once; without, the whole context is
         computed for every new token.
         """
+        if not isinstance(idx, Tensor) or idx.dim() != 2 or not idx.numel():
+            advice = "for a text, give torch.tensor([tokenizer.encode(text)])"
+            raise ValueError(f"idx must be a tensor (B, T) of token ids, not empty: {advice}")
         rules = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if use_cache:
             for token, _ in self.stream(idx, max_new_tokens, seed, stop_token, **rules):
@@ -295,17 +300,24 @@ class GPT(nn.Module):
         """Return a Hugging Face GPT-2 from a folder or the hub, in evaluation mode."""
         return load_hugging_face(name, **changes)[0]
 
-    def save_pretrained(self, folder: str, tokenizer: str):
+    def save_pretrained(self, folder: str, tokenizer: str | None):
         """Write config.json and weights for transformers' `GPT2LMHeadModel.from_pretrained`.
 
         `tokenizer` is stored in config.json for `load_model`; transformers ignores it. Raises
-        ValueError for a model that is not a GPT-2.
+        ValueError for a model that is not a GPT-2 or has weights that are not finite, and for a
+        folder with the files of another tokenizer.
         """
         newer = [x for x in ("rotary", "rms_norm", "qk_norm") if getattr(self.config, x)]
         if newer:
             raise ValueError(f"not expressible as GPT-2: a model with {', '.join(newer)}")
+        check_finite(*self.parameters())
         transformers = import_transformers(folder)
-        exported = transformers.GPT2LMHeadModel(gpt2_config(self.config, tokenizer=tokenizer))
+        found, description = find_tokenizer(Path(folder))
+        if description and (tokenizer is None or found != tokenizer):
+            raise ValueError(f"{folder} has another tokenizer ({description}): name a new folder")
+        end = END_TOKENS.get(tokenizer)
+        extra = dict(tokenizer=tokenizer, bos_token_id=end, eos_token_id=end)
+        exported = transformers.GPT2LMHeadModel(gpt2_config(self.config, **extra))
         exported.to(self.lm_head.weight)  # its device and dtype
         state = self.state_dict()
         for name, target in exported.state_dict().items():
@@ -365,10 +377,16 @@ def evaluation_mode(model: nn.Module):
 
 
 def make_generators(seed: int | None, B: int) -> list[torch.Generator]:
-    """Return a random number generator for each row, seeded with `seed` + row."""
+    """Return a random number generator for each row, seeded with `seed` and the row."""
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    return [torch.Generator().manual_seed(seed + row) for row in range(B)]
+
+    def key(row: int) -> int:
+        if row == 0 and seed < 2**32:  # torch.Generator uses 32 bits
+            return seed
+        return int(hashlib.sha256(f"{seed} {row}".encode()).hexdigest()[:8], 16)
+
+    return [torch.Generator().manual_seed(key(row)) for row in range(B)]
 
 
 def repeat_stop(token: Tensor, ended: Tensor, stop_token: int | None) -> tuple[Tensor, Tensor]:
@@ -393,6 +411,9 @@ def sample_token(
     `top_p` (nucleus sampling, Holtzman et al. 2020); tokens at least `min_p` times as likely as the
     most likely one (Nguyen et al. 2024).
     """
+    if not (temperature >= 0 and (top_k is None or top_k >= 1) and 0 < top_p <= 1 and min_p <= 1):
+        limits = "temperature must be at least 0, top_k at least 1 or None"
+        raise ValueError(f"{limits}, top_p above 0 and at most 1, min_p at most 1")
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     if top_k is not None:
@@ -649,12 +670,13 @@ def newton_schulz(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
 def load_model(name: str, **changes) -> tuple[GPT, dict]:
     """Return a model and what else is stored with it, such as "tokenizer".
 
-    `name` is a checkpoint file (of train.py or nanoGPT), a folder in Hugging Face's GPT-2 format,
-    or a name on the Hugging Face hub. The model is in evaluation mode, in float32, on the CPU.
-    `changes` are fields of GPTConfig to override, such as `dropout`. Raises ValueError, saying why,
-    if there is no such model.
+    `name` is a checkpoint file (of train.py, nanoGPT or the book), a folder in Hugging Face's GPT-2
+    format, or a name on the Hugging Face hub. The model is in evaluation mode, in float32, on the
+    CPU. `changes` are fields of GPTConfig to override, such as `dropout`. "tokenizer" is None if it
+    is not known, and "vocabulary" then describes it. Raises ValueError, saying why, if there is no
+    such model.
     """
-    if os.path.isfile(name) or str(name).endswith((".ckpt", ".pt")):
+    if os.path.isfile(name) or str(name).endswith((".ckpt", ".pt", ".pth")):
         return load_checkpoint(name, **changes)
     return load_hugging_face(name, **changes)
 
@@ -663,13 +685,14 @@ def load_checkpoint(path: str, **changes) -> tuple[GPT, dict]:
     """Return the model in a checkpoint file and the file's other contents; see `load_model`."""
     checkpoint = read_checkpoint(path)
     try:
-        args, state = dict(checkpoint.pop("model_args")), {}
+        state = rename_tensors(checkpoint.pop("model"))
+        args = checkpoint.pop("model_args") if "model_args" in checkpoint else book_shape(state)
         if "block_size" in args:  # nanoGPT's name
             args["context_length"] = args.pop("block_size")
-        for name, tensor in checkpoint.pop("model").items():
-            if not name.endswith(".attn.bias"):  # the causal mask of old nanoGPT
-                state[name.removeprefix("_orig_mod.").removeprefix("module.")] = tensor
-        return from_state(GPTConfig(**args | changes), state), checkpoint
+        gpt = from_state(GPTConfig(**args | changes), state)
+        if "tokenizer" not in checkpoint:
+            checkpoint |= guess_tokenizer(gpt.config.vocab_size)
+        return gpt, checkpoint
     except Exception as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
 
@@ -677,13 +700,19 @@ def load_checkpoint(path: str, **changes) -> tuple[GPT, dict]:
 def read_checkpoint(path: str) -> dict:
     """Return the contents of a checkpoint file, without running any code in it.
 
-    Raises ValueError, saying why, for a file that train.py has not written.
+    A state dict of the book's GPTModel, alone or as "model_state_dict", is returned as "model".
+    Raises ValueError, saying why, for a file that is neither this nor from train.py or nanoGPT.
     """
+    if os.path.isdir(path):
+        path = os.path.join(path, "model.ckpt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save writes a zip archive
             if archive.testzip():  # torch.load does not verify the checksums
                 raise ValueError("it is damaged, its checksums do not match")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        state = checkpoint.get("model_state_dict", checkpoint)
+        if any(str(name).endswith("tok_emb.weight") for name in state):  # the book, section 5.4
+            return {"model": state}
         if not {"model", "model_args"} <= set(checkpoint):
             raise ValueError("it lacks model or model_args, which train.py writes")
         return checkpoint
@@ -693,6 +722,55 @@ def read_checkpoint(path: str) -> dict:
         raise ValueError(f"cannot read {path}: it is truncated, or not a checkpoint") from None
     except Exception as error:
         raise ValueError(f"cannot read {path}: {one_line(error)}") from error
+
+
+# The names of modules and parameters in the book's GPTModel (chapter 4), and here.
+BOOK_NAMES = {"tok_emb": "transformer.wte", "pos_emb": "transformer.wpe", "out_head": "lm_head"}
+BOOK_NAMES |= {"trf_blocks": "transformer.h", "final_norm": "transformer.ln_f"}
+BOOK_NAMES |= {"norm1": "ln_1", "norm2": "ln_2", "scale": "weight", "shift": "bias"}
+BOOK_NAMES |= {"att.out_proj": "attn.c_proj", "att.W_query": "attn.c_attn"}
+BOOK_NAMES |= {"ff.layers.0": "mlp.c_fc", "ff.layers.2": "mlp.c_proj"}
+
+
+def rename_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of train.py, nanoGPT or the book by the names of GPT's parameters."""
+    state = {}
+    for given_name, tensor in tensors.items():
+        name = given_name.removeprefix("_orig_mod.").removeprefix("module.")
+        if "att.W_query." in name:  # the book has three matrices (C, C), here is one, (3C, C)
+            others = [given_name.replace("W_query", other) for other in ("W_key", "W_value")]
+            tensor = torch.cat([tensor, *(tensors[other] for other in others)])
+        for theirs, ours in BOOK_NAMES.items():
+            name = name.replace(theirs, ours)
+        # Without W_key, W_value and the causal masks of the book and of old nanoGPT.
+        if ".att." not in name and not name.endswith(".attn.bias"):
+            state[name] = tensor
+    return state
+
+
+def book_shape(state: dict[str, Tensor]) -> dict:
+    """Return the fields of GPTConfig of a model of the book, from its renamed tensors."""
+    (V, C), T = state["transformer.wte.weight"].shape, len(state["transformer.wpe.weight"])
+    if C % 64:
+        raise ValueError(f"its number of heads is not known: {C} channels are not the book's")
+    print(f"(heads are not stored: taken as {C // 64}, as in the book's models)", file=sys.stderr)
+    shape = dict(vocab_size=V, context_length=T, n_embd=C, n_head=C // 64, tie_weights=False)
+    shape["n_layer"] = len({name.split(".")[2] for name in state if ".h." in name})
+    return shape | {"qkv_bias": "transformer.h.0.attn.c_attn.bias" in state}
+
+
+def guess_tokenizer(vocab_size: int) -> dict:
+    """Return {"tokenizer": ...} of weights that name none: gpt2 by its size, otherwise None."""
+    if vocab_size in (50257, 50304):  # 50,304 with nanoGPT's padding
+        print(f"(no tokenizer named: {vocab_size:,} ids are taken for GPT-2's)", file=sys.stderr)
+        return {"tokenizer": "gpt2"}
+    return {"tokenizer": None, "vocabulary": f"{vocab_size:,} ids without names"}
+
+
+def check_finite(*tensors: Tensor):
+    """Raise UserError unless all numbers in `tensors` are finite."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise UserError("the model has or computes NaN or infinity: damaged, or a bad --dtype")
 
 
 def one_line(error: Exception) -> str:
@@ -741,6 +819,13 @@ REQUIRED_VALUES = {
 # Matrices that OpenAI stored as (in, out), where nn.Linear has (out, in).
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
+# The id of <|endoftext|> in each tokenizer.
+END_TOKENS = {"bytes": 256, "cl100k_base": 100257, "o200k_base": 199999, "o200k_harmony": 199999}
+END_TOKENS |= dict.fromkeys(("gpt2", "r50k_base", "p50k_base", "p50k_edit"), 50256)
+
+# SHA-256 of GPT-2's vocabulary and the ids of a text, as `find_tokenizer` computes it.
+GPT2_SHA256 = "e06f2080214fb222b055ea07dc32866e3f3174f6df968c940d12f5739bcf04c4"
+
 
 def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
     """Return a GPT-2 in Hugging Face's format, and {"tokenizer": ...}; see `load_model`."""
@@ -778,7 +863,36 @@ def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
         compare_logits(gpt, loaded)
     except Exception as error:  # transformers raises many kinds
         raise ValueError(f"cannot read {path} as GPT-2: {one_line(error)}") from error
-    return gpt, {"tokenizer": saved.get("tokenizer", "gpt2")}
+    tokenizer, description = find_tokenizer(folder)
+    if not description and "tokenizer" not in saved:
+        return gpt, guess_tokenizer(config.vocab_size)
+    if not description:  # config.json is from `save_pretrained`
+        tokenizer, description = saved["tokenizer"], "no tokenizer files"
+    return gpt, {"tokenizer": tokenizer, "vocabulary": description}
+
+
+def find_tokenizer(folder: Path) -> tuple[str | None, str]:
+    """Return gpt2 or None, and a description of the tokenizer files in a folder; "" for no files.
+
+    A tokenizer is gpt2 if it has GPT-2's first 50,257 tokens and ids; others may follow.
+    """
+    starts = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+    files = sorted(path.name for path in folder.glob("*") if path.name.startswith(starts))
+    if not files:
+        return None, ""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        vocabulary = found.get_vocab()
+        tokens = sorted(vocabulary, key=vocabulary.get)[:50257]
+        text = "".join(tokens).replace("Ġ", " ")  # needs nearly all merges
+        ids = found.encode(text, add_special_tokens=False)
+    except Exception:  # transformers raises many kinds
+        return None, ", ".join(files)
+    digest = hashlib.sha256(repr((tokens, ids)).encode()).hexdigest()
+    description = f"{type(found).__name__} of {len(vocabulary):,} tokens"
+    return "gpt2" if digest == GPT2_SHA256 else None, description
 
 
 def import_transformers(path: str):
@@ -797,7 +911,8 @@ def download(name: str) -> str:
     from huggingface_hub import snapshot_download  # comes with transformers
 
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:  # no network, no such name, no permission, ...
         raise ValueError(f"it is no file or folder, and the hub says: {error}") from error
 

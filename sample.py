@@ -4,24 +4,31 @@
     python sample.py                              on a terminal: type, read, type again
     python sample.py --start FILE:prompt.txt --num_samples 3 --temperature 0.8 --top_p 0.9
     python sample.py --start "Every effort" --top_logprobs 5
+    echo "Every effort" | python sample.py
     python sample.py --score notes.txt            loss, perplexity and bits per byte of a text
+    python sample.py --score val                  and of the dataset's own validation split
     python sample.py --export folder              the weights as Hugging Face's GPT-2
 
 The checkpoint alone says which model and which tokenizer it needs.
+
+A score differs from the losses that train.py logs, also for the same text: its windows overlap, so
+that each token has at least half a context before it, and there is no dropout.
 """
 
 import codecs
 import contextlib
 import math
 import sys
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 import prepare
-from config import UserError, parse, run, user_errors
-from model import GPT, choose_device, load_checkpoint, load_model, prepack
+from config import UserError, lock, parse, run, user_errors
+from model import GPT, check_finite, choose_device, load_checkpoint, load_model, prepack
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass
@@ -29,7 +36,7 @@ class SampleConfig:
     """All settings of sample.py."""
 
     # Model
-    ckpt: str = "out/model.ckpt"  # checkpoint that train.py wrote
+    ckpt: str = "out/model.ckpt"  # checkpoint that train.py wrote, or its folder
     init_from: str | None = None  # other weights instead: gpt2, another name on the hub, a folder
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a name such as cuda:1
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
@@ -46,7 +53,7 @@ class SampleConfig:
     min_p: float = 0.0  # among tokens at least this many times as likely as the most likely one
     # Instead of a text
     top_logprobs: int | None = None  # list each token with this many alternatives
-    score: str | None = None  # report the loss of a text: a file, or - for standard input
+    score: str | None = None  # loss of a text: a file, - for standard input, or the split val
     export: str | None = None  # write the weights to this folder for Hugging Face's transformers
 
     def __post_init__(self):
@@ -62,21 +69,33 @@ class SampleConfig:
 
 
 def main(argv: list[str]):
-    config = parse(SampleConfig, argv)
+    try:
+        config = parse(SampleConfig, argv)
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            prompt = error.__cause__.filename
+            raise UserError(f'{error}; did you mean --start "{prompt}"?') from error
+        raise
+    codecs.register_error("hex", hexadecimal)
     with user_errors():
         device, dtype = choose_device(config.device, config.dtype)
         name = config.init_from
         gpt, saved = load_model(name) if name else load_checkpoint(config.ckpt)
-    name = saved.pop("tokenizer", "gpt2")
-    saved.clear()  # releases the optimizer's state
+    saved.pop("optimizer", None)  # releases its memory
     if config.export:
-        return export(gpt, name, config.export)
+        return export(gpt, saved["tokenizer"], config.export)
+    if saved["tokenizer"] is None:
+        reason = f"the model's tokenizer is not known ({saved.get('vocabulary')})"
+        raise UserError(f"no text in or out: {reason}")
     if config.score and config.dtype == "auto":
         dtype = torch.float32  # a loss with all its digits
     gpt = prepack(gpt.to(device, dtype))
-    tokenizer = prepare.get_tokenizer(name)
-    if config.score:
-        score(prepare.read_text(config.score), gpt, tokenizer)
+    tokenizer = prepare.get_tokenizer(saved["tokenizer"])
+    if config.score == "val":
+        score(read_validation(saved), gpt, tokenizer)
+    elif config.score:
+        text = prepare.read_text(config.score)
+        score(torch.tensor(tokenizer.encode_ordinary(text)), gpt, tokenizer)
     elif config.start is None and sys.stdin and sys.stdin.isatty():
         print("Type a prompt; an empty line ends, Ctrl-C ends a text early.")
         while prompt := read_line():
@@ -88,11 +107,15 @@ def main(argv: list[str]):
 
 
 def read_prompt(start: str | None) -> str:
-    """Return the prompt that `--start` names; without one, <|endoftext|>."""
+    """Return the prompt that `--start` names; without one, standard input or <|endoftext|>."""
+    if start is None:
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, a notebook's, ...
+            start = "-" if sys.stdin.buffer.peek(1) else None
     if start is None:
         return prepare.ENDOFTEXT
     if start == "-" or start.startswith("FILE:"):
-        return prepare.read_text(start.removeprefix("FILE:"))
+        text = prepare.read_text(start.removeprefix("FILE:"))
+        return text.removesuffix("\n").removesuffix("\r")  # the end of its last line
     return start
 
 
@@ -129,9 +152,10 @@ def write(prompt: str, config: SampleConfig, gpt: GPT, tokenizer):
     stream = gpt.stream(idx, config.max_new_tokens, config.seed, stop_token, **rules)
     shown = "" if config.start is None and prompt == prepare.ENDOFTEXT else prompt
     print(shown, end="\n" if config.top_logprobs else "", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back incomplete characters
+    decoder = codecs.getincrementaldecoder("utf-8")("hex")  # holds back incomplete characters
     rows = []  # of each position the tokens of all samples
     for token, logits in stream:  # (num_samples, 1), (num_samples, V)
+        check_finite(logits)
         rows.append(token[:, 0].tolist())
         id = rows[-1][0]
         if config.stop and id == end:
@@ -141,14 +165,22 @@ def write(prompt: str, config: SampleConfig, gpt: GPT, tokenizer):
             print(alternatives(id, logits[0], config.top_logprobs, tokenizer), flush=True)
         else:
             print(decoder.decode(prepare.token_bytes(tokenizer, id)), end="", flush=True)
-    print(decoder.decode(b"", final=True))
+    print()
     for ids in list(zip(*rows))[1:]:  # the other samples
         if config.stop and end in ids:
             ids = ids[: ids.index(end)]
-        print("-" * 40 + f"\n{shown}{prepare.decode(tokenizer, ids)}")
+        decoder.reset()
+        text = decoder.decode(prepare.decode_bytes(tokenizer, ids))
+        print("-" * 40 + f"\n{shown}{text}")
 
 
 # --- A first reading may stop here ----------------------------------------------------------------
+
+
+def hexadecimal(error: UnicodeDecodeError) -> tuple[str, int]:
+    """Show bytes that are not UTF-8 as <e7>: an error handler for codecs."""
+    wrong = error.object[error.start : error.end]
+    return "".join(f"<{byte:02x}>" for byte in wrong), error.end
 
 
 def alternatives(id: int, logits: torch.Tensor, k: int, tokenizer) -> str:
@@ -157,47 +189,82 @@ def alternatives(id: int, logits: torch.Tensor, k: int, tokenizer) -> str:
     likeliest = logprobs.topk(min(k, len(logprobs)))
 
     def show(id, logprob):
-        return f"{prepare.decode(tokenizer, [id])!r} {100 * math.exp(logprob):.1f}%"
+        text = prepare.token_bytes(tokenizer, id).decode("utf-8", "hex")
+        return f"{text!r} {100 * math.exp(logprob):.1f}%"
 
     others = "  ".join(map(show, likeliest.indices.tolist(), likeliest.values.tolist()))
     return f"{show(id, logprobs[id].item()):<24} of  {others}"
 
 
+BATCH_NUMBERS = 2**25  # of a forward pass's logits, or of a layer, while scoring
+
+
+def read_validation(saved: dict) -> torch.Tensor:
+    """Return the ids (N,) of the validation split that the model of a checkpoint was trained with.
+
+    Raises UserError if the checkpoint names no dataset, or the dataset is another one by now.
+    """
+    if "dataset" not in saved.get("config", {}):
+        raise UserError("--score val: these weights do not name their dataset; give a file")
+    name = saved["config"]["dataset"]
+    splits, meta = prepare.load_dataset(name)
+    fingerprint = f"{meta['train_fingerprint']} {meta['val_fingerprint']}"
+    found = meta["tokenizer"], fingerprint
+    if found != (saved["tokenizer"], saved.get("dataset", fingerprint)):
+        raise UserError(f"data/{name} is not what the model was trained on; give a file")
+    return torch.from_numpy(splits["val"].astype("int64"))
+
+
 @torch.no_grad()
-def score(text: str, gpt: GPT, tokenizer):
-    """Print the mean loss in nats per token, perplexity and bits per byte of a text.
+def score(ids: torch.Tensor, gpt: GPT, tokenizer):
+    """Print the mean loss in nats per token, perplexity and bits per byte of a text's ids (N,).
 
     The first token is not predicted. Windows overlap by half a context, so that beyond the first
     window each token has at least half a context before it.
     """
-    ids = torch.tensor(tokenizer.encode_ordinary(text))
     if len(ids) < 2:
         raise UserError("a text to score needs at least two tokens")
     if ids.max() >= gpt.config.vocab_size:
         raise UserError(f"the model does not know token {ids.max()} of the text")
-    T, device = gpt.config.context_length, gpt.transformer.wte.weight.device
-    total, done = 0.0, 0  # sum of the losses and number of tokens so far
-    while done < len(ids) - 1:
-        start = max(0, done - T // 2)
-        window = ids[start : start + T + 1].to(device)[None]  # (1, at most T + 1)
-        targets = window[:, 1:].clone()
-        targets[:, : done - start] = -100  # counted in the window before
-        new = start + targets.shape[1] - done
-        total += gpt(window[:, :-1], targets).item() * new
-        done += new
-    loss, size = total / done, len(prepare.decode_bytes(tokenizer, ids[1:].tolist()))
+    device, C, V = gpt.transformer.wte.weight.device, gpt.config.n_embd, gpt.config.vocab_size
+    T = min(gpt.config.context_length, len(ids) - 1)
+    stride, rest = T - T // 2, len(ids) - 1 - T  # tokens beyond the first window
+    count = 1 + -(-rest // stride)
+    inputs = F.pad(ids[:-1], (0, stride)).unfold(0, T, stride)  # (at least `count`, T)
+    targets = F.pad(ids[1:], (0, stride), value=-100).unfold(0, T, stride)
+    batch = max(1, BATCH_NUMBERS // (T * max(V, 8 * C)))  # windows in a forward pass
+    total, shown = 0.0, time.perf_counter()  # sum of the losses
+    for first in range(0, count, batch):
+        x, y = (rows[first : min(first + batch, count)].to(device) for rows in (inputs, targets))
+        y = y.clone()
+        y[0 if first else 1 :, : T // 2] = -100  # counted in the window before
+        total += gpt(x, y).item() * (y != -100).sum().item()
+        if time.perf_counter() - shown > 10:
+            shown = time.perf_counter()
+            print(f"{first + len(x):,} of {count:,} windows", file=sys.stderr, flush=True)
+    check_finite(torch.tensor(total))
+    done, size = len(ids) - 1, len(prepare.decode_bytes(tokenizer, ids[1:].tolist()))
+    loss = total / done
     print(f"tokens         {done:,}\nloss           {loss:.4f} nats per token")
     print(f"perplexity     {math.exp(min(loss, 700)):,.2f}")
     print(f"bits per byte  {total / math.log(2) / size:.4f}")
 
 
-def export(gpt: GPT, tokenizer: str, folder: str):
+def export(gpt: GPT, tokenizer: str | None, folder: str):
     """Write weights, and gpt2's tokenizer files, for Hugging Face's transformers."""
-    with user_errors():
+    lacking = f"tokenizer files: its tokenizer is {tokenizer or 'not known'}"
+    with user_errors(), lock(folder):
         gpt.save_pretrained(folder, tokenizer)
         if tokenizer == "gpt2":
-            prepare.save_gpt2_tokenizer(folder)
+            try:
+                prepare.save_gpt2_tokenizer(folder)
+                unnamed = gpt.config.vocab_size - 50257
+                lacking = f"names of the last {unnamed:,} ids" if unnamed > 0 else ""
+            except UserError as error:
+                lacking = f"tokenizer files: {error}"
     print(f"written: {folder}, for GPT2LMHeadModel.from_pretrained")
+    if lacking:
+        print(f"without {lacking}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 import json
 import os
+import random
+import shutil
 import sys
 
 import model
+import prepare
+from config import UserError
 from model import GPT, GPTConfig, load_model
 
 import pytest
@@ -55,7 +59,7 @@ def assert_same_logits(one, other):
 def test_their_models_give_their_logits_here(tmp_path, changes):
     expected = theirs(tmp_path, **changes)
     gpt, rest = load_model(tmp_path)
-    assert rest == {"tokenizer": "gpt2"} and not gpt.training
+    assert rest["tokenizer"] is None and not gpt.training
     assert_same_logits(gpt, expected)
 
 
@@ -66,6 +70,11 @@ def test_sharded_files(tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     assert_same_logits(GPT.from_pretrained(tmp_path), model)
+    fresh = theirs(tmp_path / "fresh", n_layer=3, n_head=2)
+    for stale in tmp_path.glob("*.safetensors*"):  # beside a newer single file
+        shutil.copy(stale, tmp_path / "fresh")
+    assert (tmp_path / "fresh" / "model.safetensors.index.json").exists()
+    assert_same_logits(GPT.from_pretrained(tmp_path / "fresh"), fresh)
     shard = next(tmp_path.glob("*00002*.safetensors"))
     for harm in (lambda: shard.write_bytes(b"x" * 99_999), shard.unlink):
         harm()
@@ -89,10 +98,11 @@ def test_our_models_give_our_logits_there(tmp_path, changes):
     gpt.save_pretrained(tmp_path, "bytes")
     assert not list(tmp_path.glob("*index*"))
     model, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert model.generation_config.eos_token_id == model.config.bos_token_id == 256
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert_same_logits(gpt, model.eval())
     again, rest = load_model(tmp_path)
-    assert rest == {"tokenizer": "bytes"} and again.config.dropout == gpt.config.dropout
+    assert rest["tokenizer"] == "bytes" and again.config.dropout == gpt.config.dropout
     assert_same_logits(again, model)
 
 
@@ -214,7 +224,56 @@ def test_a_hub_name_is_downloaded(command, monkeypatch, tmp_path):
     assert code == 0 and out.startswith("Every")
 
 
-def test_export_on_the_command_line(command, tmp_path):
+def save_tokenizer(folder, kind):
+    """Write GPT-2's tokenizer files, with one more token, in another order, or another class's."""
+    prepare.save_gpt2_tokenizer(folder)
+    if kind == "padded":
+        tokenizer = transformers.GPT2Tokenizer.from_pretrained(folder)
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        tokenizer.save_pretrained(folder)
+    if kind == "shuffled":
+        vocabulary = json.loads((folder / "vocab.json").read_text())
+        ids = random.Random(0).sample(range(50257), 50257)
+        (folder / "vocab.json").write_text(json.dumps(dict(zip(vocabulary, ids))))
+    if kind == "bert":
+        for name in ("vocab.json", "merges.txt"):
+            (folder / name).unlink()
+        (folder / "vocab.txt").write_text("\n".join(["[UNK]", "[PAD]", "[CLS]", "[SEP]", "a"]))
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+
+
+@pytest.mark.parametrize(
+    "kind, vocab_size, says",
+    [
+        ("none", 50257, "no tokenizer named: 50,257 ids are taken for GPT-2's"),
+        ("none", 65, "tokenizer is not known (65 ids without names)"),
+        ("gpt2", 50257, ""),
+        ("padded", 50258, ""),
+        ("shuffled", 50257, "tokenizer is not known (GPT2Tokenizer of 50,257 tokens)"),
+        ("bert", 21128, "tokenizer is not known (BertTokenizer of "),
+    ],
+)
+def test_a_tokenizer_is_taken_for_gpt2s_only_if_it_is(command, tmp_path, kind, vocab_size, says):
+    folder = tmp_path / "in"
+    theirs(folder, vocab_size=vocab_size, eos_token_id=0, bos_token_id=0)
+    if kind != "none":
+        save_tokenizer(folder, kind)
+    known = kind in ("gpt2", "padded") or "taken" in says
+    argv = ["--max_new_tokens=2", "--start=Every effort"]
+    code, out, err = command("sample.py", "--init_from=in", *argv)
+    assert (code, err.count("\n")) == (0 if known else 2, bool(says)) and says in err
+    assert out.startswith("Every effort") if known else not out
+    code, out, _ = command("sample.py", "--init_from=in", "--export=out")
+    assert code == 0 and load_model("out")[1]["tokenizer"] == ("gpt2" if known else None)
+    assert known == (tmp_path / "out" / "vocab.json").exists()
+    lacks = "without names of the last 1 ids" if kind == "padded" else "" if known else "not known"
+    assert out.count("\n") == 1 + bool(lacks) and lacks in out
+    # A folder with another tokenizer stays as it is.
+    code, _, err = command("sample.py", "--init_from=out", "--export=in")
+    assert code == (2 if kind in ("shuffled", "bert") else 0), err
+
+
+def test_export_on_the_command_line(command, tmp_path, monkeypatch):
     """A GPT-2 vocabulary goes with its tokenizer; training can start from the folder."""
     theirs(tmp_path / "in", vocab_size=50257)
     assert command("sample.py", f"--init_from={tmp_path}/in", "--export=out")[0] == 0
@@ -225,3 +284,11 @@ def test_export_on_the_command_line(command, tmp_path):
     argv = ["--dataset=my", "--init_from=out", "--max_iters=2", "--eval_iters=1"]
     code, out, err = command("train.py", *argv, "--out_dir=o", "--sample_prompt=")
     assert (code, err) == (0, "") and "2 layers, 24 channels, 3 heads, context 16" in out
+
+    def refuse(folder):
+        raise UserError("cannot get the vocabulary of gpt2")
+
+    monkeypatch.setattr(prepare, "save_gpt2_tokenizer", refuse)
+    code, out, err = command("sample.py", "--init_from=out", "--export=out3")
+    assert code == 0 and "without tokenizer files: cannot get the vocabulary of gpt2" in out
+    assert load_model("out3")[1]["tokenizer"] == "gpt2"

@@ -1,11 +1,14 @@
+import itertools
 import math
 import os
 import re
 import subprocess
 import sys
+import time
 
 import prepare
-from model import GPT
+import sample
+from model import GPT, GPTConfig
 
 import pytest
 import torch
@@ -51,7 +54,12 @@ def test_prompts_from_a_file_and_from_standard_input(command, trained, folder, s
     (folder / "prompt.txt").write_text("every gave")
     _, plain, _ = command("sample.py", "--start=every gave")
     assert command("sample.py", "--start=FILE:prompt.txt")[1] == plain
+    (folder / "prompt.txt").write_bytes(b"every gave\r\n")  # an editor ends each line
+    assert command("sample.py", "--start=FILE:prompt.txt")[1] == plain
     assert shell("sample.py", "--start", "-", input="every gave")[1] == plain
+    assert shell("sample.py", input="every gave\n")[1] == plain
+    assert shell("sample.py", "--max_new_tokens=1", stdin=subprocess.DEVNULL)[0] == 0
+    assert command("sample.py", "--ckpt=out", "--start=every gave")[1] == plain
     assert plain.startswith("every gave")
 
 
@@ -60,6 +68,9 @@ def test_several_samples(command, trained):
     samples = out.split("-" * 40 + "\n")
     assert len(samples) == len(set(samples)) == 3 and all(x.startswith("a") for x in samples)
     assert samples[0] == command("sample.py", "--start=a")[1]  # however many there are
+    for seed in (1338, 1336, 1337 + 2**32):
+        _, out, _ = command("sample.py", "--start=a", "--num_samples=3", f"--seed={seed}")
+        assert not set(samples) & set(out.split("-" * 40 + "\n"))
 
 
 def produce(monkeypatch, rows):
@@ -121,6 +132,21 @@ def test_score_reads_standard_input(trained, shell, folder):
     assert done[0] == done[1] and done[0][0] == 0
 
 
+def test_score_of_the_validation_split(command, trained, folder, monkeypatch):
+    text = (folder / "words.txt").read_bytes()
+    (folder / "rest.txt").write_bytes(text[int(0.9 * len(text)) :])
+    code, out, err = command("sample.py", "--score=val")
+    assert (code, err) == (0, "") and out == command("sample.py", "--score=rest.txt")[1]
+    ticks = itertools.count(step=6)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(sample, "BATCH_NUMBERS", 2**14)
+    code, slow, err = command("sample.py", "--score=val")
+    assert slow == out and re.match(r"\d+ of \d+ windows\n", err)
+    assert command("prepare.py", "words.txt", "--tokenizer=bytes", "--val_fraction=0.2")[0] == 0
+    code, out, err = command("sample.py", "--score=val")
+    assert code == 2 and not out and "data/words is not what the model was trained on" in err
+
+
 def test_the_prompt_loop(command, trained):
     """On a terminal: type, read, type again; an empty line ends."""
     pty = pytest.importorskip("pty")
@@ -171,11 +197,48 @@ def test_endoftext_in_a_prompt_is_one_token(command, trained, monkeypatch):
     assert seen == [[256, 97], [256]]
 
 
+@pytest.mark.parametrize(
+    "name", ["lm_head.weight", "transformer.wte.weight", "transformer.h.0.mlp.c_fc.bias"]
+)
+def test_numbers_that_are_not_finite_are_no_result(command, trained, name):
+    saved = torch.load("out/model.ckpt")
+    saved["model"]["lm_head.weight"] = saved["model"]["lm_head.weight"].clone()
+    saved["model"][name][97 % len(saved["model"][name])] = math.nan
+    torch.save(saved | {"model_args": saved["model_args"] | {"tie_weights": False}}, "bad.ckpt")
+    use = ["--start=a"], ["--start=a", "--temperature=0"], ["--score=words.txt"], ["--export=out2"]
+    for argv in use:
+        code, out, err = command("sample.py", "--ckpt=bad.ckpt", *argv)
+        assert code == 2 and err.count("\n") == 1 and "NaN or infinity" in err
+        assert out.strip() in ("", "a"), argv
+
+
+def test_a_checkpoint_without_a_tokenizer(command, trained):
+    """nanoGPT's checkpoints: of 65 characters, which only their meta.pkl names, or GPT-2's."""
+    for vocab_size in (65, 50257, 50304):
+        args = dict(n_layer=1, n_head=1, n_embd=8, block_size=8, bias=True, vocab_size=vocab_size)
+        shape = {x: args[x] for x in ("n_layer", "n_head", "n_embd", "vocab_size")}
+        model = GPT(GPTConfig(**shape, context_length=8)).state_dict()
+        torch.save({"model": model, "model_args": args, "config": {}}, "ckpt.pt")
+        code, out, err = command("sample.py", "--ckpt=ckpt.pt", "--start=!", "--max_new_tokens=1")
+        if vocab_size == 65:
+            assert code == 2 and not out and "tokenizer is not known (65 ids" in err
+        else:
+            assert code == 0 and out.startswith("!") and "taken for GPT-2's" in err
+        assert err.count("\n") == 1
+
+
 def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
     pieces = iter([b"\xe2", b"\x82", b"\xac", b"x", b"\xf0", b"\x9f"])
     monkeypatch.setattr(prepare, "token_bytes", lambda tokenizer, id: next(pieces))
     _, out, _ = command("sample.py", "--start=a", "--max_new_tokens=6")
-    assert out == "a\u20acx\ufffd\n"
+    assert out == "a\u20acx\n"
+    pieces = iter([b"\xe7", b"x", b"\xff\n", b"\xe2\x82", b" \xe2\x82\xac", b"\xe7"])
+    _, out, _ = command("sample.py", "--start=a", "--max_new_tokens=6")
+    assert out == "a<e7>x<ff>\n<e2><82> \u20ac\n"
+    monkeypatch.setattr(prepare, "token_bytes", lambda tokenizer, id: b"x\xe7")
+    argv = ["--max_new_tokens=1", "--num_samples=2"]
+    assert command("sample.py", "--start=a", *argv)[1].endswith("-\nax\n")
+    assert "'x<e7>'" in command("sample.py", "--start=a", *argv, "--top_logprobs=2")[1]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +262,9 @@ def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
         (["--export=words.txt"], "words.txt"),
         (["--init_from=data"], "cannot read data as GPT-2: "),
         (["--ckpt=gpt2"], "there is no checkpoint gpt2"),
+        (["--ckpt=data"], "there is no checkpoint data"),
+        (["Every effort"], 'did you mean --start "Every effort"?'),
+        (["Every effort " * 99], 'did you mean --start "Every effort Every'),
         (["--device=nowhere"], "--device nowhere cannot be used here"),
         (["--temprature=1"], "did you mean temperature?"),
     ],
