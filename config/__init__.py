@@ -62,7 +62,7 @@ def user_errors():
 def run(main):
     """Call `main(argv)` for a script; print errors that the user can fix as one line."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not if it is closed, or in a notebook
+        if hasattr(stream, "reconfigure"):  # not None (closed) nor a notebook's
             stream.reconfigure(errors="replace")  # for characters that the terminal cannot show
     try:
         return main(sys.argv[1:])

