@@ -114,11 +114,14 @@ def main(argv: list[str]):
     print(f"characters  {counts['characters']:,}")
     each = counts["characters"] / tokens
     print(f"tokens      {tokens:,} of {config.tokenizer}, {each:.2f} characters each")
-    share = f" ({meta['val_tokens'] / tokens:.0%}, of whole documents)"
+    fraction = meta["val_tokens"] / tokens
+    share = f" ({fraction:.0%}, of whole documents)"
     print(
         f"split       {meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation"
         + (share if counts["documents"] > 1 else "")
     )
+    if not 0.5 < fraction / config.val_fraction < 2:
+        print(f"WARNING     validation is {fraction:.0%}, --val_fraction {config.val_fraction:.0%}")
     print(f"written     {folder.as_posix()} in {time.perf_counter() - started:.1f} s{before}")
 
 
@@ -309,6 +312,9 @@ def read_meta(folder: Path) -> dict:
     path = folder / "meta.json"
     meta = {"tokenizer": "gpt2", "vocab_size": 50257, "dtype": "uint16"}
     meta["source"] = "no meta.json, so taken for nanoGPT's"
+    if (folder / "meta.pkl").exists() and not path.exists():  # unpickling it could run code
+        reason = "its meta.pkl says that its ids are nanoGPT's characters, which are not read here"
+        raise UserError(f"{folder.as_posix()}: {reason}; prepare the text with --tokenizer bytes")
     try:
         if path.exists():
             meta = {**meta, **json.loads(path.read_text(encoding="utf-8"))}
@@ -378,12 +384,12 @@ def find_files(sources: list[str]) -> tuple[list[str], str]:
     """
     found = []
     for source in sources:
-        is_folder = os.path.isdir(source)
-        if source == "-" or os.path.exists(source) and not is_folder:
+        if os.path.isdir(source):
+            files = sorted(list_folder(source))
+        elif source == "-" or os.path.exists(source):
             files = [source]  # may be a pipe, or have a name that looks like a pattern
         else:
-            pattern = os.path.join(glob.escape(source), "**") if is_folder else source
-            files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+            files = sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
         if not files:
             raise UserError(f"cannot read {source}: no file found")
         formats = {file_format(path): path for path in files}
@@ -395,7 +401,20 @@ def find_files(sources: list[str]) -> tuple[list[str], str]:
         raise UserError(".parquet files need pyarrow, which is not installed: pip install pyarrow")
     name = os.path.basename(os.path.abspath(sources[0]))
     more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
-    return list(dict.fromkeys(found)), name + more
+    first = {}  # by what links lead to
+    for path in found:
+        first.setdefault(os.path.realpath(path), path)
+    return list(first.values()), name + more
+
+
+def list_folder(folder: str) -> Iterator[str]:
+    """Yield the files in a folder that are not hidden; links to folders are not followed."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = os.path.join(root, name)
+            if not name.startswith(".") and os.path.isfile(path):
+                yield path
 
 
 def read_text(path: str | Path) -> str:
@@ -415,9 +434,11 @@ def read_text(path: str | Path) -> str:
 def to_text(raw: bytes, where: str | Path, start: int = 0) -> str:
     """Decode the bytes that begin at byte `start` of `where`; UserError if none or not UTF-8."""
     try:
-        text = raw.decode("utf-8")
+        text = raw.decode("utf-8" if start else "utf-8-sig")  # -sig: without a byte-order mark
     except UnicodeDecodeError as error:
-        raise UserError(f"{where} is not UTF-8 text: see byte {start + error.start:,}") from error
+        advice = "convert it with iconv -f ENCODING -t UTF-8"
+        place = f"byte {start + error.start:,}"
+        raise UserError(f"{where} is not UTF-8 text (see {place}): {advice}") from error
     if not text:
         raise UserError(f"{where} is empty")
     return text
@@ -522,7 +543,9 @@ def ordered_map(function: Callable, items: Iterable, workers: int | None) -> Ite
     Threads use all cores here: tiktoken, gzip and hashlib release Python's interpreter lock. The
     batches under way have a bounded size, and so has the memory.
     """
-    workers = workers or os.cpu_count() or 1
+    if workers is None:  # the cores that this process may use, where the system tells
+        affinity = getattr(os, "sched_getaffinity", lambda process: range(os.cpu_count() or 1))
+        workers = len(affinity(0))
     under_way = deque()  # of (future, size in bytes)
     with ThreadPoolExecutor(workers) as pool:
         for batch, size in make_batches(items):

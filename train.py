@@ -349,7 +349,11 @@ def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
     splits, meta = prepare.load_dataset(config.dataset)
     name, tokenizer = f"data/{config.dataset}", meta["tokenizer"]
     meta["fingerprint"] = f"{meta['train_fingerprint']} {meta['val_fingerprint']}"
-    if (wanted := saved.get("tokenizer") or tokenizer) != tokenizer:
+    if (wanted := saved.get("tokenizer", tokenizer)) is None:
+        raise UserError(
+            f"{config.init_from} has a tokenizer that is not known: {saved['vocabulary']}"
+        )
+    if wanted != tokenizer:
         advice = f"prepare it with --tokenizer {wanted}"
         raise UserError(f"the model reads {wanted} tokens, {name} holds {tokenizer}: {advice}")
     if saved.get("dataset", meta["fingerprint"]) != meta["fingerprint"]:
@@ -438,7 +442,7 @@ def load_weights(config: TrainConfig, run_id: str) -> tuple[TrainConfig, GPT | N
         gpt, saved = load_model(config.init_from, dropout=config.dropout)
     if config.given.get("context_length", math.inf) < gpt.config.context_length:
         gpt.crop_context(config.context_length)
-    saved = {"tokenizer": saved.get("tokenizer")}
+    saved = {"tokenizer": saved["tokenizer"], "vocabulary": saved.get("vocabulary")}
     return merge(config, {}, gpt, config.init_from), gpt.train(), saved
 
 

@@ -446,7 +446,7 @@ def test_parquet_that_is_not_text(command, folder):
     assert code == 2 and "d.parquet, row 3 is empty" in err
     write_parquet(folder / "d.parquet", [b"good", b"b\xffd"], kind="binary")
     code, _, err = command("prepare.py", "d.parquet", "--tokenizer=bytes")
-    assert code == 2 and "d.parquet, row 2 is not UTF-8 text: see byte 1" in err
+    assert code == 2 and "d.parquet, row 2 is not UTF-8 text (see byte 1)" in err
     for field in ("id", "body"):
         code, _, err = command("prepare.py", "d.parquet", "--tokenizer=bytes", "--field", field)
         assert code == 2 and "d.parquet: cannot read further: " in err and err.count("\n") == 1
@@ -475,7 +475,7 @@ def test_a_record_that_is_too_large_is_skipped_alone(command, folder, monkeypatc
     [
         (["nowhere.txt"], "cannot read nowhere.txt: no file found"),
         (["empty.txt"], "empty.txt is empty"),
-        (["latin.txt"], "latin.txt is not UTF-8 text: see byte 4"),
+        (["latin.txt"], "latin.txt is not UTF-8 text (see byte 4): convert it with iconv"),
         (["one.txt"], "one.txt: no text is left for train.bin; give more text"),
         (["good.txt", "--tokenizer", "gpt9"], "no tokenizer 'gpt9'; choose from: bytes, gpt2"),
         (["good.txt", "--val_fraction", "1"], "val_fraction is 1.0; it must be between 0 and 1"),
@@ -721,3 +721,44 @@ def test_flipped_bits_in_a_compressed_file(command, folder, name, data):
         assert (code, err) == (0, "") or (code == 2 and err.count("\n") == 1)
     finally:
         path.write_bytes(before)
+
+
+def test_a_byte_order_mark_is_no_text(command, folder):
+    for name, mark in (("a.txt", b""), ("b.txt", b"\xef\xbb\xbf")):
+        (folder / name).write_bytes(mark + words(500).encode())
+        assert command("prepare.py", name, "--tokenizer=bytes")[0] == 0
+    pairs = [np.fromfile(f"data/{x}/train.bin", np.uint16) for x in "ab"]
+    assert np.array_equal(*pairs)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs symbolic links")
+def test_links_name_no_file_twice(command, folder):
+    (folder / "d" / "sub").mkdir(parents=True)
+    for number in range(12):
+        (folder / "d" / f"{number}.txt").write_text(words(50, number))
+    (folder / "d" / "sub" / "loop").symlink_to(folder / "d")
+    (folder / "d" / "loop").symlink_to(folder / "d")
+    (folder / "d" / "again.txt").symlink_to(folder / "d" / "0.txt")
+    argv = ["d", "d/3.txt", "--tokenizer=bytes", "--val_fraction=0.3"]
+    code, out, _ = command("prepare.py", *argv)
+    assert code == 0 and "documents   12 in 12 files" in out
+
+
+def test_nanogpts_characters_are_not_gpt2s(dataset):
+    os.remove(dataset / "meta.json")
+    (dataset / "meta.pkl").write_bytes(b"never opened")
+    with pytest.raises(config.UserError, match="nanoGPT's characters"):
+        prepare.load_dataset("words")
+
+
+def test_a_share_far_from_what_was_asked_is_said(command, folder):
+    (folder / "d").mkdir()
+    for number, count in enumerate((20, 20, 20, 20, 3000)):
+        (folder / "d" / f"{number}.txt").write_text(words(count, number))
+    runs = [
+        command("prepare.py", "d", "--tokenizer=bytes", f"--val_fraction=0.{x}") for x in (3, 4)
+    ]
+    done = [out for code, out, _ in runs if code == 0]
+    assert done and all("WARNING     validation is " in out for out in done)
+    code, out, _ = command("prepare.py", "d/4.txt", "--tokenizer=bytes")
+    assert code == 0 and "WARNING" not in out

@@ -258,7 +258,7 @@ def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
         (["--top_logprobs=0"], "top_logprobs is 0; it must be from 1"),
         (["--score=none.txt"], "cannot read none.txt"),
         (["--score=one.txt"], "needs at least two tokens"),
-        (["--score=latin.txt"], "latin.txt is not UTF-8 text: see byte 1"),
+        (["--score=latin.txt"], "latin.txt is not UTF-8 text (see byte 1)"),
         (["--export=words.txt"], "words.txt"),
         (["--init_from=data"], "cannot read data as GPT-2: "),
         (["--ckpt=gpt2"], "there is no checkpoint gpt2"),

@@ -1038,3 +1038,15 @@ def test_training_goes_on_without_a_vocabulary(command, dataset, monkeypatch):
 def test_a_warmup_that_never_ends_is_said(command, dataset):
     _, out, _ = command("train.py", *TINY, "--warmup_iters=1000")
     assert "warning: a warm-up of 1,000 updates never ends in this run" in out
+
+
+def test_weights_of_an_unknown_tokenizer_are_not_trained(command, dataset, folder):
+    """nanoGPT's checkpoint of 65 characters, on data in bytes."""
+    args = dict(
+        vocab_size=65, block_size=16, n_layer=1, n_head=2, n_embd=16, bias=True, dropout=0.0
+    )
+    gpt = GPT(GPTConfig(65, 16, 1, 2, 16))
+    torch.save({"model": gpt.state_dict(), "model_args": args}, "ckpt.pt")
+    code, _, err = command("train.py", "--dataset=words", "--init_from=ckpt.pt")
+    assert code == 2 and "ckpt.pt has a tokenizer that is not known: 65 ids" in err
+    assert err.count("\n") == 1
