@@ -154,7 +154,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
         for embedding in (self.transformer.wte, self.transformer.wpe):
             nn.init.normal_(embedding.weight, std=config.embedding_std)
-        if config.rotary:  # made above, so that the other weights get the same random numbers
+        if config.rotary:  # created first, to keep the random numbers of the other weights
             del self.transformer.wpe
 
     def _tie_weights(self):
@@ -900,7 +900,8 @@ def import_transformers(path: str):
     try:
         import transformers
     except ImportError:
-        raise ValueError(f"{path}: for Hugging Face's format, pip install transformers") from None
+        what = "" if os.path.exists(path) else "is not a file or folder here, and "
+        raise ValueError(f"{path} {what}needs transformers: pip install transformers") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -286,7 +286,7 @@ def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
     splits = {}
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
-        if not path.exists():
+        if not path.is_file():
             how = "" if name == "verdict" else f" FILE --dataset {name}"
             raise UserError(f"there is no {path.as_posix()}; make it with: python prepare.py{how}")
         size = path.stat().st_size

@@ -63,7 +63,8 @@ class SampleConfig:
         for name, (least, most) in bounds.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
-                raise ValueError(f"{name} is {value}; it must be from {least:g} to {most:g}")
+                wanted = f"from {least} to {most}" if most == 1 else f"at least {least}"
+                raise ValueError(f"{name} is {value}; it must be {wanted}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
 

@@ -25,6 +25,7 @@ import secrets
 import shlex
 import signal
 import sys
+import tempfile
 import time
 import typing
 import warnings
@@ -66,18 +67,18 @@ class TrainConfig(GPTConfig):
     batch_size: int = 8  # sequences per update, over all processes
     micro_batch_size: int | None = None  # sequences per forward pass and process; none: no limit
     shift_windows: bool = True  # cut the text at another offset in every epoch (the book: no)
-    seed: int = 1337  # of the initial weights, the order of the data, and dropout
+    seed: int = 1337  # seeds initial weights, order of the data, and dropout
     # Updates
     max_iters: int = 1000  # number of updates
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of blocks; AdamW: rest
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for blocks' matrices, AdamW for the rest
     learning_rate: float = 6e-4  # highest learning rate (about 0.02 with muon)
     embedding_learning_rate: float = 6e-4  # with muon: learning rate of embeddings and vectors
-    head_learning_rate: float = 6e-4  # with muon: of an untied head, scaled by 128 / n_embd
-    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: constant, then linear
+    head_learning_rate: float = 6e-4  # with muon: rate of an untied head, times 128 / n_embd
+    lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: constant, then linear decay
     warmup_iters: int = 100  # updates over which the learning rate rises linearly
     initial_lr: float = 0.0  # learning rate at the start of the warm-up
     min_lr: float = 6e-5  # learning rate at the end of cosine and wsd
-    cooldown_fraction: float = 0.5  # with wsd: last part of the run, where the rate falls
+    cooldown_fraction: float = 0.5  # with wsd: fraction of max_iters, at the end, in which it falls
     weight_decay: float = 0.1  # decoupled weight decay of matrices; vectors have none
     beta1: float = 0.9  # AdamW: decay rate of its average of gradients
     beta2: float = 0.95  # AdamW: decay rate of its average of squared gradients
@@ -135,10 +136,10 @@ AT_LEAST_1 += "checkpoint_interval max_skipped muon_interval"
 def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 0, world_size=1):
     """Return inputs and targets, each (B, T) int64 on `device`, of update number `step`.
 
-    An epoch cuts the token ids `stream` (N,), which go on at their start after their end, into (N -
-    1) // T windows of T tokens, from a new offset in each epoch (0 without `shift_windows`), and
-    visits each window once, in shuffled order. Offset and order follow from the seed and the epoch.
-    Each rank gets B = batch_size / world_size windows of the update.
+    The token ids `stream` (N,) are a ring. An epoch cuts it into (N - 1) // T windows of T tokens,
+    from a new offset in each epoch (0 without `shift_windows`), and visits each window once, in
+    shuffled order. Offset and order follow from the seed and the epoch. Each rank gets B =
+    batch_size / world_size windows of the update.
     """
     windows = (len(stream) - 1) // config.context_length  # per epoch
     B = config.batch_size // world_size
@@ -158,7 +159,7 @@ def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 
 
 
 def read_windows(stream, starts: np.ndarray, config: TrainConfig) -> torch.Tensor:
-    """Return the T + 1 token ids from each of `starts` (B,) on: (B, T + 1) int64."""
+    """Return T + 1 token ids beginning at each of `starts` (B,): (B, T + 1) int64."""
     positions = starts[:, None] + np.arange(config.context_length + 1)  # (B, T + 1)
     tokens = stream[positions % len(stream)].astype(np.int64)
     check_ids(tokens, config)
@@ -256,9 +257,9 @@ def main(argv: list[str]):
             if log.evaluation_is_due(step):
                 val_loss = evaluate(gpt, splits, autocast, prompt, log, step, signals)
                 if val_loss < best_val_loss:
-                    best_val_loss = val_loss
-                    if config.save_best and step > 0:
-                        save("best.ckpt")
+                    before, best_val_loss = best_val_loss, val_loss
+                    if config.save_best and step > 0 and not save("best.ckpt"):
+                        best_val_loss = before  # the next good one is saved
             if log.checkpoint_is_due(step):
                 save()
             if step >= config.max_iters or any_rank(signals):
@@ -298,7 +299,7 @@ def evaluate(gpt: GPT, splits: dict, autocast, prompt, log, step: int, signals) 
     if not losses:  # a signal has stopped it
         return math.nan
     train, val = losses["train"], losses["val"]
-    perplexity = math.exp(min(val, 700))  # so many equally likely tokens have this loss
+    perplexity = math.exp(min(val, 700))  # number of equally likely tokens with the same loss
     text = f"training loss {train:.4f}  validation loss {val:.4f}  perplexity {perplexity:,.2f}"
     log.write(step, text, train_loss=train, val_loss=val, val_perplexity=perplexity)
     with log.timed("samples"):
@@ -427,7 +428,7 @@ def write_sample(gpt: GPT, prompt: tuple, log: "Log", autocast):
 
 def load_weights(config: TrainConfig, run_id: str) -> tuple[TrainConfig, GPT | None, dict]:
     """Follow `init_from`: return settings, model (None from scratch), and what else is saved."""
-    path = f"{config.out_dir}/model.ckpt"
+    path = Path(config.out_dir, "model.ckpt").as_posix()
     if restarted_from(path, run_id):
         print0(f"restarted: going on from {path}")
         config.init_from = "resume"
@@ -466,17 +467,19 @@ def resume(config: TrainConfig, path: str) -> tuple[TrainConfig, GPT, dict]:
     for name, kind in wanted.items():
         if type(saved.get(name)) is not kind or (name == "step" and saved[name] < 0):
             raise UserError(f"{path} has no {name} to resume with: use --init_from {path}")
+    if not all(isinstance(x, dict) and {"step", "seconds"} <= x.keys() for x in saved["metrics"]):
+        raise UserError(f"{path} has no metrics to resume with: use --init_from {path}")
     types = typing.get_type_hints(TrainConfig)
     own = (types.keys() & saved["config"].keys()) - {"init_from", "out_dir"}
     settings = {name: check_type(name, saved["config"][name], types[name]) for name in own}
     # If the saved device or parallel mode is not available, use the default.
     if settings.get("parallel") == "fsdp" and get_world_size() == 1:
         del settings["parallel"]
-        print0("parallel was fsdp; it is ddp in a single process, unless given")
+        print0("fsdp needs several processes: the default is ddp")
     try:
         choose_device(settings.get("device", "auto"))
     except ValueError:
-        print0(f"device was {settings.pop('device')}, which is not here; it is auto, unless given")
+        print0(f"device {settings.pop('device')} is not available: the default is auto")
     return merge(config, settings, gpt, path), gpt.train(), saved
 
 
@@ -490,8 +493,9 @@ def merge(config: TrainConfig, settings: dict, gpt: GPT, path: str) -> TrainConf
     given = {x: value for x, value in config.given.items() if value is not None or x not in shape}
     for name, value in given.items():
         before = shape.get(name, settings.get(name, value))
-        if before != value and (name in shape or name == "optimizer"):
-            raise UserError(f"{path} has {name} {before}; {value} would make another model or run")
+        fixed = name == "optimizer" or (name in shape and name != "embedding_std")
+        if before != value and fixed:
+            raise UserError(f"{name} is {before} in {path} and cannot be {value}: leave it out")
         if (before := settings.get(name, value)) != value:
             print0(f"changed since the checkpoint: {name} was {before}, is {value}")
     try:
@@ -546,7 +550,7 @@ def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: di
         which = optimizers if resumable else []
         weights, optimizer_state = dcp.get_state_dict(gpt, which, options=options)
         state |= log.constants | {"model": weights}
-        if get_rank() == 0:  # the other ranks have got nothing
+        if get_rank() == 0:  # the other ranks receive empty dicts
             if gpt.config.tie_weights:  # one matrix in the file
                 weights["lm_head.weight"] = weights["transformer.wte.weight"]
             if resumable:  # without parameter groups, which follow from the settings
@@ -611,6 +615,7 @@ class Log:
         self.complete = False  # whether metrics.jsonl has all lines
         with user_errors():
             self.out_dir.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.out_dir).close()  # fails now, not after hours
         self.wandb = None
         if config.wandb and get_rank() == 0:
             self.wandb = start_wandb(config, saved.get("wandb"))
@@ -684,13 +689,13 @@ class Log:
             pace = (seconds - self.logged) / (step - self.logged_step)  # seconds per update
             self.logged_step, self.logged = step, seconds
             rate = config.batch_size * config.context_length / pace
-            left = timedelta(seconds=round((config.max_iters - step) * pace))
+            left = timedelta(seconds=round(min((config.max_iters - step) * pace, 1e13)))
             text = f"loss {loss:.4f}  lr {lr:.2e}  gradient norm {norm:.2f}  {rate:,.0f} tokens/s"
             text += f"{gpu_use(self, rate)}  {left} left"
             self.write(step, text, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
         if self.skipped >= config.max_skipped:
             reason = f"{self.skipped:,} updates in a row had no finite loss or gradient"
-            saved = f"model.ckpt is of step {self.saved_step:,} (0: there is none)"
+            saved = f"model.ckpt is of step {self.saved_step:,}" if self.saved_step else "not saved"
             raise SystemExit(f"stopped: {reason}; {saved}; lower --learning_rate")
 
     def finish(self, step: int, saved: bool, stopped_by: int) -> int:
@@ -699,7 +704,7 @@ class Log:
             try:
                 if get_rank() == 0 and not self.no_update_yet:
                     plot(self.out_dir, self.config, self.lines, self.train_tokens)
-            except Exception as error:  # the run is worth more than its picture
+            except Exception as error:  # a failed picture must not fail the run
                 print0(f"no loss.png: {error}")
         total = time.perf_counter() - self.started
         shares = {"training": total - self.spent.total()} | self.spent
@@ -719,7 +724,7 @@ def describe(config: TrainConfig, splits: dict, meta: dict, log: Log):
     train, val, parameters = len(splits["train"]), len(splits["val"]), count_parameters(config)[0]
     tokens, flops = config.batch_size * config.context_length, flops_per_token(config)
     epochs, total = config.max_iters * tokens / train, config.max_iters * tokens * flops
-    checkpoint, memory = (size / 1e9 for size in count_bytes(config))
+    checkpoint, memory = (size / 1e6 for size in count_bytes(config))
     ranks = f", {get_world_size()} processes ({config.parallel})" if dist.is_initialized() else ""
     done = f"; going on after {log.first_step:,}" if log.first_step else ""
     shape = f"{config.n_layer} layers, {config.n_embd} channels, {config.n_head} heads"
@@ -729,10 +734,12 @@ def describe(config: TrainConfig, splits: dict, meta: dict, log: Log):
     print0(
         f"device  {log.device}, matrix products in {str(log.dtype).removeprefix('torch.')}{ranks}"
     )
-    print0(f"memory  {memory:.3g} GB for weights, gradients and optimizer, plus activations")
+    print0(f"memory  {memory:,.4g} MB for weights, gradients and optimizer, plus activations")
     print0(f"run     {config.max_iters:,} updates of {tokens:,} tokens, {epochs:.3g} epochs{done}")
-    print0(f"        {flops / 1e9:.3g} GFLOP per token, {total:.2e} FLOP in all")
-    print0(f"files   {log.out_dir.as_posix()}/, checkpoints of {checkpoint:.3g} GB")
+    print0(f"        {flops:.3g} FLOP per token, {total:.3g} FLOP in all")
+    print0(f"files   {log.out_dir.as_posix()}/, checkpoints of {checkpoint:,.4g} MB")
+    if log.first_step >= config.max_iters:
+        print0(f"all {log.first_step:,} updates are done; a larger --max_iters goes on from here")
     if config.warmup_iters >= config.max_iters:
         print0(f"warning: a warm-up of {config.warmup_iters:,} updates never ends in this run")
 
@@ -903,7 +910,7 @@ def compile_model(model, split, config: TrainConfig, device: torch.device, autoc
             with autocast:
                 loss = compiled(x.split(size)[i], y.split(size)[i])
             (0 * loss).backward()  # by 0, as FSDP would add these gradients to the first update's
-    except Exception as error:  # there are many ways to lack a compiler
+    except Exception as error:  # compilers raise many exception types
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if config.parallel == "fsdp":  # the other ranks wait for shards of this one
             raise UserError(f"cannot compile: {reason}; use --compile false") from error
@@ -990,9 +997,9 @@ def process_group():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     except (RuntimeError, ValueError) as error:
-        where = "process {RANK} of {WORLD_SIZE} at {MASTER_ADDR}:{MASTER_PORT}"
-        advice = "were all started with this address, and does a firewall let them through?"
-        where = where.format_map(os.environ)
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        where = "process {} of {} at {}:{}".format(*(os.environ.get(name, "?") for name in names))
+        advice = "check that all use this address and that no firewall blocks it"
         raise UserError(f"{where} did not meet the others: {advice} ({error})") from error
     try:
         yield run_id

@@ -22,6 +22,12 @@ import sys
 import typing
 from pathlib import Path
 
+# If a standard stream is closed, give its number to /dev/null: otherwise the next file to be opened
+# gets the number, and everything that is printed.
+while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+    pass
+os.close(descriptor)
+
 # Large tensors in huge pages: otherwise every step on a CPU maps them again, 4 KiB at a time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # OpenMP's threads wait for each other in a loop; a short one leaves the cores to other programs.
@@ -32,17 +38,17 @@ NOT_PYTHON = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
 
 # Names that are not settings here, and what to use instead; most are nanoGPT's.
 OTHER_NAMES = {
-    "plan": "nothing: the first lines of every run say what it takes",
-    "recompute": "--activation_checkpointing",
-    "block_size": "--context_length",
-    "gradient_accumulation_steps": "--batch_size (per update) and --micro_batch_size (per pass)",
-    "lr": "--learning_rate",
-    "lr_decay_iters": "--max_iters",
-    "decay_lr": "--lr_schedule",
-    "eval_only": "sample.py --score",
-    "always_save_checkpoint": "--checkpoint_interval",
-    "wandb_log": "--wandb",
-    "backend": "nothing: it is chosen by the device",
+    "plan": "the first lines of every run say what it takes",
+    "recompute": "use --activation_checkpointing",
+    "block_size": "use --context_length",
+    "gradient_accumulation_steps": "use --batch_size (all of an update), --micro_batch_size",
+    "lr": "use --learning_rate",
+    "lr_decay_iters": "use --max_iters",
+    "decay_lr": "use --lr_schedule",
+    "eval_only": "use sample.py --score",
+    "always_save_checkpoint": "use --checkpoint_interval",
+    "wandb_log": "use --wandb",
+    "backend": "the device decides it",
 }
 
 
@@ -102,9 +108,10 @@ def parse(cls, argv: list[str]):
             print(describe(cls, types, from_files))
             sys.exit(0)
         name, equals, text = word[2:].partition("=")
-        if bool in alternatives(types.get(name.removeprefix("no-"))) and name not in types:
-            name, equals, text = name.removeprefix("no-"), "=", "false"
-        check_name(name, types)
+        positive = name.removeprefix("no-")
+        if not equals and name not in types and bool in alternatives(types.get(positive)):
+            name, equals, text = positive, "=", "false"
+        check_name(name, types.keys() - {"sources"})
         if not equals and bool in alternatives(types[name]):
             text = words.pop(0) if words and words[0].lower() in ("true", "false") else "true"
         elif not equals:
@@ -149,7 +156,7 @@ def check_name(name: str, types: dict, where: str = ""):
     near = difflib.get_close_matches(name.replace("-", "_"), types, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]}?" if near else "--help lists them all"
     if name in OTHER_NAMES:
-        advice = f"use {OTHER_NAMES[name]}"
+        advice = OTHER_NAMES[name]
     raise UserError(f"{where}there is no setting {name!r}; {advice}")
 
 
@@ -240,8 +247,9 @@ def lock(folder):
     """
     folder = Path(os.path.abspath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "ab") as file:
+    with contextlib.ExitStack() as stack:
         try:
+            file = stack.enter_context(open(f"{folder}.lock", "ab"))
             if os.name == "nt":
                 import msvcrt
 
@@ -251,7 +259,7 @@ def lock(folder):
 
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+            if error.errno in (errno.EACCES, errno.EAGAIN) and error.filename is None:  # not open's
                 reason = "another process is writing there; wait for it, or use another folder"
                 raise UserError(f"{folder}: {reason}") from error
         yield

@@ -1,4 +1,5 @@
 import io
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -75,8 +76,10 @@ def test_words(words, expected):
         (["--n_layers", "3"], "there is no setting 'n_layers'; did you mean n_layer?"),
         (["--n-layer", "3"], "did you mean n_layer?"),
         (["--no-name"], "there is no setting 'no-name'"),
-        (["--plan"], "there is no setting 'plan'; use nothing: the first lines of every run"),
+        (["--plan"], "there is no setting 'plan'; the first lines of every run say"),
         (["--recompute"], "use --activation_checkpointing"),
+        (["--block_size=5"], "there is no setting 'block_size'; use --context_length"),
+        (["--no-loud=false"], "there is no setting 'no-loud'"),
         (["--qqqqqqq", "3"], "--help lists them all"),
         (["--n_layer", "three"], "--n_layer is 'three'; it must be int"),
         (["--n_layer", "3.0"], "--n_layer is 3.0; it must be int"),
@@ -230,3 +233,16 @@ def test_a_notebook_has_streams_that_cannot_be_configured(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     monkeypatch.setattr(sys, "stderr", None)
     assert config.run(lambda argv: "done") == "done"
+
+
+def test_files_do_not_take_the_place_of_closed_streams(tmp_path):
+    code = "import os; [os.close(n) for n in (0, 1, 2)]; import config; f = open('x', 'w'); "
+    code += "os.write(1, b'lost'); f.write(str(f.fileno()))"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env)
+    assert int((tmp_path / "x").read_text()) >= 3
+
+
+def test_sources_is_no_option():
+    with pytest.raises(config.UserError, match="there is no setting 'sources'"):
+        config.parse(Sources, ["--sources", "x"])
