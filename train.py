@@ -534,13 +534,18 @@ def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: di
     """Write out_dir/name; return False and report why if it is not written. All ranks call it.
 
     model.ckpt holds all that resuming needs, best.ckpt what sampling needs. After several skipped
-    updates in a row the weights are suspect: they never replace a good checkpoint.
+    updates in a row, or a validation loss that is not finite, the weights are suspect: they never
+    replace a good checkpoint.
     """
     path, resumable = log.out_dir / name, name == "model.ckpt"
     if resumable and log.saved_step == state["step"]:
         return True
-    if log.skipped > 1 or not all(optimizer.state for optimizer in optimizers):
-        print0(f"{path.as_posix()} NOT SAVED: the last {log.skipped:,} updates were skipped")
+    val_losses = [line["val_loss"] for line in log.lines if "val_loss" in line]
+    diverged = None in val_losses[-1:]  # the last one is not finite
+    if log.skipped > 1 or diverged or not all(optimizer.state for optimizer in optimizers):
+        reason = "the validation loss is not finite"
+        reason = f"the last {log.skipped:,} updates were skipped" if log.skipped else reason
+        print0(f"{path.as_posix()} NOT SAVED: {reason}")
         return False
     from torch.distributed.checkpoint import state_dict as dcp  # takes half a second
 

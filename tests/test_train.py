@@ -1053,3 +1053,13 @@ def test_weights_of_an_unknown_tokenizer_are_not_trained(command, dataset, folde
     code, _, err = command("train.py", "--dataset=words", "--init_from=ckpt.pt")
     assert code == 2 and "ckpt.pt has a tokenizer that is not known: 65 ids" in err
     assert err.count("\n") == 1
+
+
+def test_weights_that_have_diverged_replace_no_checkpoint(command, dataset, folder):
+    assert command("train.py", *TINY)[0] == 0
+    before = (folder / "out/model.ckpt").read_bytes()
+    argv = ["--init_from=resume", "--max_iters=7", "--learning_rate=1e20", "--warmup_iters=0"]
+    code, out, _ = command("train.py", *argv, "--lr_schedule=constant", "--grad_clip=0")
+    assert code == 1 and "NOT SAVED: the validation loss is not finite" in out
+    assert (folder / "out/model.ckpt").read_bytes() == before
+    assert command("train.py", "--init_from=resume", "--max_iters=7")[0] == 0
