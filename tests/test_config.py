@@ -1,5 +1,7 @@
+import errno
 import io
 import os
+import stat
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -246,3 +248,18 @@ def test_files_do_not_take_the_place_of_closed_streams(tmp_path):
 def test_sources_is_no_option():
     with pytest.raises(config.UserError, match="there is no setting 'sources'"):
         config.parse(Sources, ["--sources", "x"])
+
+
+def test_a_folder_that_cannot_be_flushed_does_not_matter(tmp_path, monkeypatch):
+    """As on some shared folders: the file is renamed by then."""
+    original = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with config.atomic_write(tmp_path / "x") as file:
+        file.write(b"new")
+    assert (tmp_path / "x").read_bytes() == b"new"
