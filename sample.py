@@ -132,8 +132,8 @@ def read_line() -> str:
 
 
 def encode(prompt: str, tokenizer, gpt: GPT) -> list[int]:
-    """Return the token ids of a prompt, in which <|endoftext|> is the special token."""
-    ids = tokenizer.encode(prompt, allowed_special={prepare.ENDOFTEXT}, disallowed_special=())
+    """Return the token ids of a prompt. Raises UserError if the model cannot read them."""
+    ids = prepare.encode_prompt(prompt, tokenizer)
     if not ids:
         raise UserError("the prompt is empty: give one with --start")
     if max(ids) >= gpt.config.vocab_size:

@@ -425,6 +425,9 @@ def write_sample(gpt: GPT, prompt: tuple, log: "Log", autocast):
 
 # --- Checkpoints ----------------------------------------------------------------------------------
 
+# The files of a run, in the order in which `move_earlier_run` moves them.
+RUN_FILES = ("loss.png", "metrics.jsonl", "best.ckpt", "model.ckpt")
+
 
 def load_weights(config: TrainConfig, run_id: str) -> tuple[TrainConfig, GPT | None, dict]:
     """Follow `init_from`: return settings, model (None from scratch), and what else is saved."""
@@ -436,9 +439,10 @@ def load_weights(config: TrainConfig, run_id: str) -> tuple[TrainConfig, GPT | N
         return config, None, {}
     if config.init_from == "resume":
         return resume(config, path)
-    if Path(config.init_from).resolve().parent == Path(config.out_dir).resolve():
-        advice = f"{config.init_from} would be moved away by this run: give another --out_dir"
-        raise UserError(advice)
+    moved = [Path(config.out_dir, name).resolve() for name in RUN_FILES]
+    if os.path.isfile(config.init_from) and Path(config.init_from).resolve() in moved:
+        reason = "would be moved away by this run: give another --out_dir"
+        raise UserError(f"{config.init_from} {reason}")
     with user_errors():
         gpt, saved = load_model(config.init_from, dropout=config.dropout)
     if config.given.get("context_length", math.inf) < gpt.config.context_length:
@@ -544,7 +548,8 @@ def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: di
     diverged = None in val_losses[-1:]  # the last one is not finite
     if log.skipped > 1 or diverged or not all(optimizer.state for optimizer in optimizers):
         reason = "the validation loss is not finite"
-        reason = f"the last {log.skipped:,} updates were skipped" if log.skipped else reason
+        if log.skipped > 1 or not diverged:
+            reason = f"the last {log.skipped:,} updates were skipped"
         print0(f"{path.as_posix()} NOT SAVED: {reason}")
         return False
     from torch.distributed.checkpoint import state_dict as dcp  # takes half a second
@@ -577,8 +582,7 @@ def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: di
 
 def move_earlier_run(out_dir: Path):
     """Move the files of an earlier run into the first new folder out_dir/earlier-N."""
-    names = ("loss.png", "metrics.jsonl", "best.ckpt", "model.ckpt")  # model.ckpt last
-    if found := [name for name in names if (out_dir / name).exists()]:
+    if found := [name for name in RUN_FILES if (out_dir / name).exists()]:
         folders = (out_dir / f"earlier-{number}" for number in itertools.count(1))
         folder = next(folder for folder in folders if not folder.exists())
         folder.mkdir()

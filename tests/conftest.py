@@ -22,7 +22,8 @@ settings.register_profile("repeatable", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("repeatable")
 
-SIGNALS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+NUMBERS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGINT)}
+SIGNALS = {number: signal.getsignal(number) for number in NUMBERS}
 
 WORDS = (
     "the a painter picture effort moves you every gave up his her in villa and said of to".split()

@@ -988,6 +988,8 @@ def test_weights_that_the_run_would_move_are_refused(command, dataset, folder):
     assert code == 2 and "give another --out_dir" in err and err.count("\n") == 1
     assert (folder / "out/best.ckpt").read_bytes() == before
     assert command("train.py", *TINY, "--init_from=out/best.ckpt", "--out_dir=b")[0] == 0
+    (folder / "mine.ckpt").write_bytes(before)  # is not moved
+    assert command("train.py", *TINY, "--init_from=mine.ckpt", "--out_dir=.")[0] == 0
 
 
 def test_a_signal_stops_an_evaluation_and_resuming_makes_up_for_it(
