@@ -120,9 +120,7 @@ def encode_files(
     stop).
     """
 
-    def encode_record(record: Record | UserError) -> tuple | UserError:
-        if isinstance(record, UserError):
-            return record
+    def encode_record(record: Record) -> tuple | UserError:
         try:
             text, split = record.text(), record.split
             if split is None:
@@ -151,27 +149,6 @@ def encode_files(
         counts["broken"] += 1
         if counts["broken"] <= 5:
             print(f"skipped     {result}")
-
-
-def report(meta: dict, counts: Counter, config: PrepareConfig):
-    """Print what a dataset holds, and what may be wrong with it."""
-    train, val, whole = meta["train_tokens"], meta["val_tokens"], counts["documents"] > 1
-    fraction, each = val / (train + val), counts["characters"] / (train + val)
-    share = f" ({fraction:.0%}, of whole documents)" if whole else ""
-    print(f"source      {meta['source']}")
-    if whole:
-        print(f"documents   {counts['documents']:,} in {counts['files']:,} files")
-    if counts["broken"]:
-        print(f"skipped     {counts['broken']:,} broken records")
-    print(f"characters  {counts['characters']:,}")
-    print(f"tokens      {train + val:,} of {meta['tokenizer']}, {each:.2f} characters each")
-    print(f"split       {train:,} for training, {val:,} for validation{share}")
-    if config.val is None and not 0.5 < fraction / config.val_fraction < 2:
-        asked = f"--val_fraction {config.val_fraction:.0%}; --val FILE chooses the text"
-        print(f"WARNING     validation is {fraction:.0%}, {asked}")
-    if counts["markers"]:
-        advice = f"--separator '{ENDOFTEXT}' ends documents there (in text files)"
-        print(f"WARNING     {counts['markers']:,} {ENDOFTEXT} are plain text; {advice}")
 
 
 # --- Tokenizers -----------------------------------------------------------------------------------
@@ -349,6 +326,28 @@ def fingerprint(ids: np.ndarray) -> str:
 
 # --- A first reading may stop here ----------------------------------------------------------------
 
+
+def report(meta: dict, counts: Counter, config: PrepareConfig):
+    """Print what a dataset holds, and what may be wrong with it."""
+    train, val, whole = meta["train_tokens"], meta["val_tokens"], counts["documents"] > 1
+    fraction, each = val / (train + val), counts["characters"] / (train + val)
+    share = f" ({fraction:.0%}, of whole documents)" if whole else ""
+    print(f"source      {meta['source']}")
+    if whole:
+        print(f"documents   {counts['documents']:,} in {counts['files']:,} files")
+    if counts["broken"]:
+        print(f"skipped     {counts['broken']:,} broken records")
+    print(f"characters  {counts['characters']:,}")
+    print(f"tokens      {train + val:,} of {meta['tokenizer']}, {each:.2f} characters each")
+    print(f"split       {train:,} for training, {val:,} for validation{share}")
+    if config.val is None and not 0.5 < fraction / config.val_fraction < 2:
+        asked = f"--val_fraction {config.val_fraction:.0%}; --val FILE chooses the text"
+        print(f"WARNING     validation is {fraction:.0%}, {asked}")
+    if counts["markers"]:
+        advice = f"--separator '{ENDOFTEXT}' ends documents there (in text files)"
+        print(f"WARNING     {counts['markers']:,} {ENDOFTEXT} are plain text; {advice}")
+
+
 # --- Files, formats and streams -------------------------------------------------------------------
 
 BATCH_SIZE = 2**18  # bytes given to a worker at once; larger pieces fragment the memory
@@ -373,13 +372,15 @@ class Record(NamedTuple):
     """A document, or a piece of a single text, on its way to the tokenizer."""
 
     where: str  # the file, and the line or row
-    content: bytes | str
+    content: bytes | str | UserError
     field: str | None  # of the JSON in `content`, which holds the text
     split: str | None  # None: a hash of the text decides
     ends: bool = True  # whether <|endoftext|> follows
 
     def text(self) -> str:
         """Return the text. Raises ValueError if there is none."""
+        if isinstance(self.content, UserError):
+            raise self.content
         if isinstance(self.content, str):
             return self.content
         if len(self.content) > LARGEST_DOCUMENT:
@@ -497,10 +498,10 @@ def read_blocks(file: BinaryIO, where: str | Path) -> Iterator[str]:
 
 def read_files(
     files: dict[str, str | None], config: PrepareConfig, tokenizer: tiktoken.Encoding
-) -> Iterator[tuple[Record | UserError, int, int]]:
+) -> Iterator[tuple[Record, int, int]]:
     """Yield (record, its size in bytes, bytes of all files read so far) for each document.
 
-    Where a file cannot be read further, the record is a UserError that says why. A text file that
+    Where a file cannot be read further, the content is a UserError that says why. A text file that
     is the only file of its split is one text, read in pieces.
     """
     readers = {"text": read_texts, "jsonl": read_jsonl, "parquet": read_parquet}
@@ -522,7 +523,8 @@ def read_files(
             raise
         except UNREADABLE as error:
             reason = getattr(error, "strerror", None) or error
-            yield UserError(f"{where}: cannot read further: {reason}"), 0, done
+            problem = UserError(f"{where}: cannot read further: {reason}")
+            yield Record(where, problem, None, split), 0, done
         before += os.path.getsize(path) if os.path.isfile(path) else 0
 
 
@@ -790,7 +792,9 @@ def get_verdict() -> tuple[dict[str, None], str]:
                 f"  A stand-in story takes its place. For the real one, save\n  {VERDICT_URL}\n"
                 f"  as {VERDICT} and run this again.\n" + "*" * 78
             )
-            return {str(STAND_IN): None}, "the stand-in story (config/stand_in.txt), NOT The Verdict"
+            return {
+                str(STAND_IN): None
+            }, "the stand-in story (config/stand_in.txt), NOT The Verdict"
     name = VERDICT.as_posix()
     if hashlib.sha256(VERDICT.read_bytes()).hexdigest() == VERDICT_SHA256:
         return {str(VERDICT): None}, f"The Verdict, by Edith Wharton ({name})"
