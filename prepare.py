@@ -1,9 +1,10 @@
 """Turn text into token ids on disk.
 
     python prepare.py                       The Verdict, the book's short story
+    python prepare.py shakespeare           tiny Shakespeare (neko: a Japanese novel), or an address
     python prepare.py my.txt                your own text, as data/my
     python prepare.py a.md b.csv --dataset notes --tokenizer cl100k_base
-    python prepare.py essays/                          every file in a folder, as data/essays
+    python prepare.py essays/               every file in a folder, as data/essays
     python prepare.py "dumps/*.jsonl.gz" --field body --dataset dumps --on_error skip
 
 Writes train.bin, val.bin and meta.json into data/<dataset>/. The .bin files hold little-endian
@@ -70,8 +71,9 @@ class PrepareConfig:
     on_error: Literal["stop", "skip"] = "stop"  # at a broken record: stop, or skip it and go on
 
     def __post_init__(self):
+        self.sources = self.sources or ["verdict"]
         if not self.dataset:
-            first = Path(os.path.abspath(self.sources[0] if self.sources else "verdict"))
+            first = Path(os.path.abspath(self.sources[0]))
             name = first.name.removesuffix(".gz")
             self.dataset = name if first.is_dir() else Path(name).stem
         if self.dataset in ("", ".", "..") or set(self.dataset) & set('/\\\0:*?"<>|\n'):
@@ -90,9 +92,8 @@ def main(argv: list[str]):
     dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
     folder = Path("data") / config.dataset
     with user_errors():
-        found = find_files(config.sources, config.val) if config.sources else None
+        files, source = find_files(config)
     with user_errors(), lock(folder):
-        files, source = found or get_verdict()
         meta = dict(tokenizer=config.tokenizer, vocab_size=tokenizer.n_vocab, dtype=dtype.name)
         meta |= dict(source=source, train_bytes=0, val_bytes=0)  # `save_dataset` adds other numbers
         counts = Counter(files=len(files))  # and documents, characters, broken records, ...
@@ -402,17 +403,19 @@ def file_format(path: str) -> str:
     return "parquet" if name.endswith(".parquet") else "text"
 
 
-def find_files(sources: list[str], val: str | None) -> tuple[dict[str, str | None], str]:
-    """Return the split of each file in the sources and `val`, and a name for the sources.
+def find_files(config: PrepareConfig) -> tuple[dict[str, str | None], str]:
+    """Return the split of each file in the sources and --val, and a name for the sources.
 
-    The split is None without `val`. Raises UserError for a source without files or of several
+    The split is None without --val. Raises UserError for a source without files or of several
     formats.
     """
-    found, held_out = list_files(sources), list_files([val]) if val else {}
-    files = {path: "train" if val else None for key, path in found.items() if key not in held_out}
-    name = os.path.basename(os.path.abspath(sources[0]))
-    more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
-    return files | dict.fromkeys(held_out.values(), "val"), name + more
+    fetched = [fetch(source, config.dataset) for source in config.sources]
+    found = list_files([path for path, _ in fetched])
+    held_out = list_files([config.val]) if config.val else {}
+    split = "train" if config.val else None
+    files = {path: split for identity, path in found.items() if identity not in held_out}
+    more = f" and {len(fetched) - 1} more" if len(fetched) > 1 else ""
+    return files | dict.fromkeys(held_out.values(), "val"), fetched[0][1] + more
 
 
 def list_files(sources: list[str]) -> dict:
@@ -640,6 +643,10 @@ def find_cut(text: str, tokenizer: tiktoken.Encoding) -> int:
             searches.add(pattern.match(window, place).end())
             if WINDOW in searches:  # what follows the window may change where this word ends
                 break
+    # Searches that do not meet, as in digits that are read by threes: the text itself begins a word.
+    ends = [found.end() for found in pattern.finditer(text, 0, len(text) - WINDOW)]
+    if len(ends) > 8 and same_ids(text[: ends[-8]], text[ends[-8] :], tokenizer):
+        return ends[-8]
     # A word of this size can be cut between tokens, far from the end, which may change.
     ids = tokenizer.encode_ordinary(text)
     for count in range(len(ids) - 500, max(0, len(ids) - 600), -1):
@@ -764,41 +771,78 @@ def save_gpt2_tokenizer(folder: str):
             file.write(content)
 
 
-# --- The Verdict ----------------------------------------------------------------------------------
+# --- Known texts and addresses --------------------------------------------------------------------
 
-VERDICT = Path("data/verdict/input.txt")
-VERDICT_URL = (
-    "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
-    "ch02/01_main-chapter-code/the-verdict.txt"
-)
-VERDICT_SHA256 = "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f"
+
+class KnownText(NamedTuple):
+    """A text that is downloaded by name."""
+
+    title: str
+    url: str
+    sha256: str
+
+
+KNOWN_TEXTS = {
+    "verdict": KnownText(
+        "The Verdict, by Edith Wharton",
+        "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
+        "ch02/01_main-chapter-code/the-verdict.txt",
+        "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
+    ),
+    "shakespeare": KnownText(
+        "tiny Shakespeare",
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
+    "neko": KnownText(
+        "I Am a Cat, by Natsume Soseki",
+        "https://nlp100.github.io/data/neko.txt",
+        "4819ee9e1b9d53bd73aee807fd2bcee644e1d43a824cff07b02f09c4421110a2",
+    ),
+}
 STAND_IN = Path(__file__).parent / "config" / "stand_in.txt"
 
 
-def get_verdict() -> tuple[dict[str, None], str]:
-    """Return the file of The Verdict and a name for it; without a network, a stand-in story."""
-    if not VERDICT.exists():
+def fetch(source: str, dataset: str) -> tuple[str, str]:
+    """Return the path of a source, and its name; downloads a known text or an address.
+
+    Raises UserError if it cannot be downloaded; a stand-in takes the place of The Verdict.
+    """
+    address = source.startswith(("http://", "https://"))
+    if os.path.exists(source) or not (address or source in KNOWN_TEXTS):
+        return source, os.path.basename(os.path.abspath(source))
+    path = Path("data", dataset if address else source, "input.txt")
+    known = KnownText(source, source, "") if address else KNOWN_TEXTS[source]
+    if address or not path.exists():
         try:
-            with urllib.request.urlopen(VERDICT_URL, timeout=10) as answer:
-                downloaded = answer.read()
-            if hashlib.sha256(downloaded).hexdigest() != VERDICT_SHA256:
-                raise OSError("the download is not the text that the book uses")
-            VERDICT.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(VERDICT) as file:
-                file.write(downloaded)
-        except (OSError, http.client.HTTPException) as error:
+            download(known, path)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            by_hand = f"save {known.url} as {path.as_posix()}"
+            if source != "verdict":
+                raise UserError(f"cannot download {source} ({error}): {by_hand}") from error
             print(
                 "*" * 78 + f"\n  This is NOT The Verdict: it cannot be downloaded ({error}).\n"
-                f"  A stand-in story takes its place. For the real one, save\n  {VERDICT_URL}\n"
-                f"  as {VERDICT} and run this again.\n" + "*" * 78
+                f"  A stand-in story takes its place. For the real one,\n  {by_hand}\n"
+                "  and run this again.\n" + "*" * 78
             )
-            return {
-                str(STAND_IN): None
-            }, "the stand-in story (config/stand_in.txt), NOT The Verdict"
-    name = VERDICT.as_posix()
-    if hashlib.sha256(VERDICT.read_bytes()).hexdigest() == VERDICT_SHA256:
-        return {str(VERDICT): None}, f"The Verdict, by Edith Wharton ({name})"
-    return {str(VERDICT): None}, f"{name}, which is not the text that the book uses"
+            return str(STAND_IN), "the stand-in story (config/stand_in.txt), NOT The Verdict"
+    if known.sha256 not in ("", hashlib.sha256(path.read_bytes()).hexdigest()):
+        return str(path), f"{path.as_posix()}, which is not the known text"
+    return str(path), f"{known.title} ({path.as_posix()})"
+
+
+def download(text: KnownText, path: Path):
+    """Download a text to `path`. Raises OSError or HTTPException if the answer is not the text."""
+    with urllib.request.urlopen(text.url, timeout=10) as answer:
+        raw, kind = answer.read(), answer.headers.get_content_type()
+    if kind == "text/html":
+        raise OSError("the answer is a web page")
+    if text.sha256 not in ("", hashlib.sha256(raw).hexdigest()):
+        raise OSError("the answer is another text")
+    with lock(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(raw)
 
 
 if __name__ == "__main__":

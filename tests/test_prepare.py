@@ -1,7 +1,9 @@
 import contextlib
+import email.message
 import gzip
 import hashlib
 import http.client
+import io
 import json
 import os
 import random
@@ -57,8 +59,12 @@ def refuse(*args, **kwargs):
     raise OSError("no network")
 
 
+class Answer(io.BytesIO):
+    headers = email.message.Message()  # text/plain
+
+
 def answer_another_file(*args, **kwargs):
-    return open(__file__, "rb")
+    return Answer(b"another")
 
 
 def break_off(*args, **kwargs):
@@ -69,14 +75,37 @@ def break_off(*args, **kwargs):
 def test_stand_in_when_the_verdict_cannot_be_downloaded(command, folder, monkeypatch, urlopen):
     monkeypatch.setattr(prepare.urllib.request, "urlopen", urlopen)
     code, out, err = command("prepare.py", "--tokenizer", "bytes")
-    assert (code, err) == (0, "") and "NOT The Verdict" in out and prepare.VERDICT_URL in out
+    assert (
+        (code, err) == (0, "")
+        and "NOT The Verdict" in out
+        and prepare.KNOWN_TEXTS["verdict"].url in out
+    )
     meta = json.loads((folder / "data/verdict/meta.json").read_text())
     assert "NOT The Verdict" in meta["source"]
     assert not (folder / "data/verdict/input.txt").exists()  # the real one can still come
+    code, _, err = command("prepare.py", "neko", "--tokenizer", "bytes")
+    assert code == 2 and err.count("\n") == 1 and "cannot download neko (" in err
+    assert err.endswith(": save https://nlp100.github.io/data/neko.txt as data/neko/input.txt\n")
     text = prepare.STAND_IN.read_text(encoding="utf-8")
     assert 19_000 < len(text) < 21_000
     ids = read(folder / "data/verdict", "train") + read(folder / "data/verdict", "val")
     assert bytes(ids).decode() == text
+
+
+def test_the_text_at_an_address(command, folder, monkeypatch):
+    answer = Answer(words(100).encode())
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda *args, **options: answer)
+    code, out, _ = command("prepare.py", "https://example.com/a/my.txt", "--tokenizer=bytes")
+    assert code == 0 and "source      https://example.com/a/my.txt (data/my/input.txt)" in out
+    assert (
+        read(folder / "data/my", "train") == list(words(100).encode())[: int(0.9 * len(words(100)))]
+    )
+    answer = Answer(b"<html>Please log in</html>")
+    answer.headers = email.message.Message()
+    answer.headers["Content-Type"] = "text/html; charset=utf-8"
+    code, _, err = command("prepare.py", "https://example.com/a/my.txt", "--tokenizer=bytes")
+    assert code == 2 and "the answer is a web page" in err and err.count("\n") == 1
+    assert (folder / "data/my/input.txt").read_text() == words(100)
 
 
 def test_bytes_tokenizer():
@@ -394,9 +423,9 @@ def test_pieces_have_the_ids_of_the_whole(tokenizer, text):
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "cl100k_base"])
-@pytest.mark.parametrize("part", ["a", "\u6625\u7720\u4e0d\u89ba\u6653", "\n", " ", "-", "1"])
+@pytest.mark.parametrize("part", ["a", "\u6625\u7720\u4e0d\u89ba\u6653", "\n", " ", "-", "\u00b2"])
 def test_a_word_without_end_comes_in_pieces(tokenizer, part):
-    tokenizer, text = prepare.get_tokenizer(tokenizer), part * (600_000 // len(part))
+    tokenizer, text = prepare.get_tokenizer(tokenizer), part * (600_001 // len(part)) + "12345"
     pieces = list(prepare.cut_text([text], tokenizer))
     assert "".join(pieces) == text and max(map(len, pieces)) <= prepare.BATCH_SIZE
     assert prepare.encode(text, tokenizer).tolist() == tokenizer.encode_ordinary(text)
