@@ -643,7 +643,7 @@ def find_cut(text: str, tokenizer: tiktoken.Encoding) -> int:
             searches.add(pattern.match(window, place).end())
             if WINDOW in searches:  # what follows the window may change where this word ends
                 break
-    # Searches that do not meet, as in digits that are read by threes: the text itself begins a word.
+    # Searches may not meet, as in digits that are read by threes; but the text begins a word.
     ends = [found.end() for found in pattern.finditer(text, 0, len(text) - WINDOW)]
     if len(ends) > 8 and same_ids(text[: ends[-8]], text[ends[-8] :], tokenizer):
         return ends[-8]

@@ -96,7 +96,7 @@ def main(argv: list[str]):
         score(read_validation(saved), gpt, tokenizer)
     elif config.score:
         text = prepare.read_text(config.score)
-        score(torch.tensor(tokenizer.encode_ordinary(text)), gpt, tokenizer)
+        score(torch.from_numpy(prepare.encode(text, tokenizer).astype("int64")), gpt, tokenizer)
     elif config.start is None and sys.stdin and sys.stdin.isatty():
         print("Type a prompt; an empty line ends, Ctrl-C ends a text early.")
         while prompt := read_line():
