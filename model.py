@@ -87,7 +87,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
         if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+            q, k = F.rms_norm(q, q.shape[-1:], eps=1e-5), F.rms_norm(k, k.shape[-1:], eps=1e-5)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
@@ -297,32 +297,28 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str, **changes) -> "GPT":
-        """Return a Hugging Face GPT-2 from a folder or the hub, in evaluation mode."""
+        """Return a Hugging Face model from a folder or the hub, in evaluation mode."""
         return load_hugging_face(name, **changes)[0]
 
-    def save_pretrained(self, folder: str, tokenizer: str | None):
-        """Write config.json and weights for transformers' `GPT2LMHeadModel.from_pretrained`.
+    def save_pretrained(self, folder: str, tokenizer: str | None) -> str:
+        """Write config.json and weights for transformers; return the name of its class.
 
         `tokenizer` is stored in config.json for `load_model`; transformers ignores it. Raises
-        ValueError for a model that is not a GPT-2 or has weights that are not finite, and for a
-        folder with the files of another tokenizer.
+        ValueError for a model that transformers lacks or that has weights that are not finite, and
+        for a folder with the files of another tokenizer.
         """
-        newer = [x for x in ("rotary", "rms_norm", "qk_norm") if getattr(self.config, x)]
-        if newer:
-            raise ValueError(f"not expressible as GPT-2: a model with {', '.join(newer)}")
         check_finite(*self.parameters())
         transformers = import_transformers(folder)
+        end = END_TOKENS.get(tokenizer)
+        ends = dict(bos_token_id=end, eos_token_id=end, pad_token_id=None)
+        config = transformers_config(self.config, tokenizer=tokenizer, **ends)
         found, description = find_tokenizer(Path(folder))
         if description and (tokenizer is None or found != tokenizer):
             raise ValueError(f"{folder} has another tokenizer ({description}): name a new folder")
-        end = END_TOKENS.get(tokenizer)
-        extra = dict(tokenizer=tokenizer, bos_token_id=end, eos_token_id=end)
-        exported = transformers.GPT2LMHeadModel(gpt2_config(self.config, **extra))
+        exported = transformers.AutoModelForCausalLM.from_config(config)
         exported.to(self.lm_head.weight)  # its device and dtype
-        state = self.state_dict()
-        for name, target in exported.state_dict().items():
-            tensor = state.get(name, torch.zeros_like(target))  # transformers always has biases
-            target.copy_(tensor.T if name.endswith(TRANSPOSED) else tensor)
+        for theirs, ours, rows in pair_tensors(exported, self):
+            theirs.copy_(torch.zeros_like(theirs) if ours is None else ours[rows])
         compare_logits(self, exported)
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
@@ -331,6 +327,7 @@ class GPT(nn.Module):
                 with atomic_write(Path(folder, path.name)) as file, open(path, "rb") as source:
                     shutil.copyfileobj(source, file)
         Path(folder, "model.safetensors.index.json").unlink(missing_ok=True)  # an earlier model's
+        return type(exported).__name__
 
 
 # --- Generation: one token at a time --------------------------------------------------------------
@@ -670,11 +667,11 @@ def newton_schulz(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
 def load_model(name: str, **changes) -> tuple[GPT, dict]:
     """Return a model and what else is stored with it, such as "tokenizer".
 
-    `name` is a checkpoint file (of train.py, nanoGPT or the book), a folder in Hugging Face's GPT-2
-    format, or a name on the Hugging Face hub. The model is in evaluation mode, in float32, on the
-    CPU. `changes` are fields of GPTConfig to override, such as `dropout`. "tokenizer" is None if it
-    is not known, and "vocabulary" then describes it. Raises ValueError, saying why, if there is no
-    such model.
+    `name` is a checkpoint file (of train.py, nanoGPT or the book), a folder with a GPT-2 or
+    NanoChat in Hugging Face's format, or a name on their hub. The model is in evaluation mode, in
+    float32, on the CPU. `changes` are fields of GPTConfig to override, such as `dropout`.
+    "tokenizer" is None if it is not known, and "vocabulary" then describes it. Raises ValueError,
+    saying why, if there is no such model.
     """
     if os.path.isfile(name) or str(name).endswith((".ckpt", ".pt", ".pth")):
         return load_checkpoint(name, **changes)
@@ -801,20 +798,20 @@ def from_state(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
 
 # --- Hugging Face ---------------------------------------------------------------------------------
 
-# Fields of GPTConfig, and their names in config.json.
-CONFIG_NAMES = {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
-CONFIG_NAMES |= {"context_length": "n_positions", "dropout": "resid_pdrop"}
-CONFIG_NAMES |= {"tie_weights": "tie_word_embeddings"}
+# Fields of GPTConfig, and their names in transformers' configs.
+CONFIG_NAMES = dict(vocab_size="vocab_size", n_embd="hidden_size", n_layer="num_hidden_layers")
+CONFIG_NAMES |= dict(n_head="num_attention_heads", context_length="max_position_embeddings")
+CONFIG_NAMES |= dict(tie_weights="tie_word_embeddings")
 
-# Values that other fields of config.json must have in a model that GPT can express.
-REQUIRED_VALUES = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-}
+# The other fields of GPTConfig of each model type of transformers, and the names of its dropouts.
+ARCHITECTURES = {"gpt2": dict(rotary=False, rms_norm=False, qk_norm=False)}
+ARCHITECTURES |= {"nanochat": dict(rotary=True, rms_norm=True, qk_norm=True, bias=False)}
+DROPOUTS = {"gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"), "nanochat": ("attention_dropout",)}
+
+# Parts of the names of NanoChat's tensors, and here.
+NANOCHAT_NAMES = {"model.embed_tokens": "transformer.wte", "model.layers": "transformer.h"}
+NANOCHAT_NAMES |= dict.fromkeys(("q_proj", "k_proj", "v_proj"), "c_attn")
+NANOCHAT_NAMES |= {"self_attn": "attn", "o_proj": "c_proj", "fc1": "c_fc", "fc2": "c_proj"}
 
 # Matrices that OpenAI stored as (in, out), where nn.Linear has (out, in).
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -828,26 +825,29 @@ GPT2_SHA256 = "e06f2080214fb222b055ea07dc32866e3f3174f6df968c940d12f5739bcf04c4"
 
 
 def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
-    """Return a GPT-2 in Hugging Face's format, and {"tokenizer": ...}; see `load_model`."""
+    """Return a model in Hugging Face's format, and {"tokenizer": ...}; see `load_model`."""
     transformers = import_transformers(path)
     try:
         folder = Path(path if os.path.isdir(path) else download(path))
         if not (folder / "config.json").exists():
             raise ValueError("it lacks config.json")
-        saved, _ = transformers.GPT2Config.get_config_dict(folder)
-        saved = transformers.GPT2Config().to_dict() | saved
-        for field, values in REQUIRED_VALUES.items():
-            if saved[field] not in values:
-                raise ValueError(f"its {field} is {saved[field]!r}, not {values[0]!r}")
-        if saved["n_inner"] not in (None, 4 * saved["n_embd"]):
-            raise ValueError(f"its n_inner is {saved['n_inner']}, not 4 n_embd")
-        config = GPTConfig(**{field: saved[name] for field, name in CONFIG_NAMES.items()})
+        given, _ = transformers.PreTrainedConfig.get_config_dict(folder)
+        model_type = given.get("model_type", "gpt2")
+        if model_type not in ARCHITECTURES:
+            raise ValueError(f"its model_type is {model_type!r}, not {' or '.join(ARCHITECTURES)}")
+        saved = transformers.AutoConfig.for_model(**given | {"model_type": model_type})
+        fields = {ours: getattr(saved, theirs) for ours, theirs in CONFIG_NAMES.items()}
+        fields |= {"dropout": getattr(saved, DROPOUTS[model_type][0])}
+        config = GPTConfig(**fields, **ARCHITECTURES[model_type])
+        for field, values in required_values(config).items():
+            if (value := getattr(saved, field)) not in values:
+                raise ValueError(f"its {field} is {value!r}, not {values[0]!r}")
         size = sum(file.stat().st_size for file in folder.iterdir())
         if count_parameters(config)[0] > size:  # before building what a damaged file asks for
             raise ValueError("its files are smaller than the model that config.json describes")
-        loaded, report = transformers.GPT2LMHeadModel.from_pretrained(
+        loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
-            config=gpt2_config(config),  # nothing else from config.json reaches transformers
+            config=transformers_config(config),  # nothing else of config.json reaches transformers
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are in the report
@@ -855,19 +855,19 @@ def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
         for problem, keys in report.items():  # transformers fills missing tensors at random
             if keys:
                 raise ValueError(f"{problem}: {min(map(str, keys))}")
-        state = {
-            key: tensor.T if key.endswith(TRANSPOSED) else tensor
-            for key, tensor in loaded.state_dict().items()
-        }
-        gpt = from_state(replace(config, **changes), state)
+        with torch.device("meta"):  # without random numbers
+            gpt = GPT(replace(config, **changes)).eval()
+        gpt.to_empty(device="cpu")._tie_weights()
+        for theirs, ours, rows in pair_tensors(loaded, gpt):
+            ours[rows] = theirs
         compare_logits(gpt, loaded)
     except Exception as error:  # transformers raises many kinds
-        raise ValueError(f"cannot read {path} as GPT-2: {one_line(error)}") from error
+        raise ValueError(f"cannot read {path} as GPT-2 or NanoChat: {one_line(error)}") from error
     tokenizer, description = find_tokenizer(folder)
-    if not description and "tokenizer" not in saved:
+    if not description and "tokenizer" not in given:
         return gpt, guess_tokenizer(config.vocab_size)
     if not description:  # config.json is from `save_pretrained`
-        tokenizer, description = saved["tokenizer"], "no tokenizer files"
+        tokenizer, description = given["tokenizer"], "no tokenizer files"
     return gpt, {"tokenizer": tokenizer, "vocabulary": description}
 
 
@@ -918,13 +918,64 @@ def download(name: str) -> str:
         raise ValueError(f"it is no file or folder, and the hub says: {error}") from error
 
 
-def gpt2_config(config: GPTConfig, **extra):
-    """Return `config` as a `transformers.GPT2Config` with `extra` fields."""
-    from transformers import GPT2Config
+def transformers_config(config: GPTConfig, **extra):
+    """Return `config` as a config of transformers with `extra` fields.
 
-    fields = {name: getattr(config, field) for field, name in CONFIG_NAMES.items()}
-    fields |= dict(embd_pdrop=config.dropout, attn_pdrop=config.dropout)
-    return GPT2Config(**fields, **extra)
+    Raises ValueError, naming a field of `config` that does not fit, if there is no such model.
+    """
+    from transformers import AutoConfig
+
+    model_type = "nanochat" if config.rotary else "gpt2"
+    for name, value in ARCHITECTURES[model_type].items():
+        if getattr(config, name) != value:
+            raise ValueError(f"not expressible as {model_type}: its {name} is not {value}")
+    fields = {theirs: getattr(config, ours) for ours, theirs in CONFIG_NAMES.items()}
+    fields |= dict.fromkeys(DROPOUTS[model_type], config.dropout)
+    fields |= {name: values[0] for name, values in required_values(config).items()}
+    return AutoConfig.for_model(model_type, **fields, **extra)
+
+
+def required_values(config: GPTConfig) -> dict[str, tuple]:
+    """Return the values that GPT can express, of other fields of transformers' configs.
+
+    The first value of each is written.
+    """
+    if config.rotary:
+        return dict(
+            num_key_value_heads=(config.n_head,),
+            intermediate_size=(4 * config.n_embd,),
+            hidden_act=("gelu_pytorch_tanh", "gelu_new"),
+            final_logit_softcapping=(None,),
+            attention_bias=(False,),
+            rms_norm_eps=(1e-5,),
+            rope_parameters=({"rope_type": "default", "rope_theta": 10_000.0},),
+        )
+    return dict(
+        n_inner=(4 * config.n_embd, None),
+        activation_function=("gelu_new", "gelu_pytorch_tanh"),
+        layer_norm_epsilon=(1e-5,),
+        scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,),
+        add_cross_attention=(False,),
+    )
+
+
+def pair_tensors(reference: nn.Module, gpt: GPT):
+    """Yield each tensor of transformers' model with the tensor of `gpt` and its rows that equal it.
+
+    The tensor of `gpt` is None for a bias that it lacks.
+    """
+    state, C, H = gpt.state_dict(), gpt.config.n_embd, gpt.config.n_head
+    rows = torch.arange(3 * C, device=gpt.lm_head.weight.device).view(3, H, C // H)
+    # NanoChat rotates in the other direction: swap the halves of each head's queries and keys.
+    rows[:2] = rows[:2].roll(C // H // 2, dims=2)
+    parts = dict(zip(("q_proj", "k_proj", "v_proj"), rows.flatten(1)))  # (C,) each
+    for name, tensor in reference.state_dict().items():
+        part = parts.get(name.split(".")[-2], slice(None))
+        tensor = tensor.T if name.endswith(TRANSPOSED) else tensor
+        for theirs, ours in NANOCHAT_NAMES.items():
+            name = name.replace(theirs, ours)
+        yield tensor, state.get(name), part
 
 
 @torch.no_grad()

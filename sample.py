@@ -7,7 +7,7 @@
     echo "Every effort" | python sample.py
     python sample.py --score notes.txt            loss, perplexity and bits per byte of a text
     python sample.py --score val                  and of the dataset's own validation split
-    python sample.py --export folder              the weights as Hugging Face's GPT-2
+    python sample.py --export folder              the weights for Hugging Face's transformers
 
 The checkpoint alone says which model and which tokenizer it needs.
 
@@ -255,7 +255,7 @@ def export(gpt: GPT, tokenizer: str | None, folder: str):
     """Write weights, and gpt2's tokenizer files, for Hugging Face's transformers."""
     lacking = f"tokenizer files: its tokenizer is {tokenizer or 'not known'}"
     with user_errors(), lock(folder):
-        gpt.save_pretrained(folder, tokenizer)
+        name = gpt.save_pretrained(folder, tokenizer)
         if tokenizer == "gpt2":
             try:
                 prepare.save_gpt2_tokenizer(folder)
@@ -263,7 +263,7 @@ def export(gpt: GPT, tokenizer: str | None, folder: str):
                 lacking = f"names of the last {unnamed:,} ids" if unnamed > 0 else ""
             except UserError as error:
                 lacking = f"tokenizer files: {error}"
-    print(f"written: {folder}, for GPT2LMHeadModel.from_pretrained")
+    print(f"written: {folder}, for {name}.from_pretrained")
     if lacking:
         print(f"without {lacking}")
 

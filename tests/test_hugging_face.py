@@ -18,14 +18,23 @@ transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 
 
-def theirs(folder, seed=0, **changes):
-    torch.manual_seed(seed)
-    config = dict(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3) | changes
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config)).eval()
+MODERN = dict(rotary=True, rms_norm=True, qk_norm=True, bias=False, tie_weights=False)
+
+# What transformers' NanoChat needs to be a model of ours.
+NANOCHAT = dict(num_hidden_layers=2, num_attention_heads=3, hidden_size=24, intermediate_size=96)
+NANOCHAT |= dict(max_position_embeddings=16, hidden_act="gelu_pytorch_tanh", rms_norm_eps=1e-5)
+NANOCHAT |= dict(final_logit_softcapping=None, bos_token_id=0, eos_token_id=0, pad_token_id=None)
+
+
+def theirs(folder, kind="gpt2", **changes):
+    torch.manual_seed(0)
+    config = dict(n_positions=16, n_embd=24, n_layer=2, n_head=3) if kind == "gpt2" else NANOCHAT
+    config = transformers.AutoConfig.for_model(kind, **{"vocab_size": 61} | config | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases and gains that matter
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder, max_shard_size=changes.pop("max_shard_size", "1GB"))
+    model.save_pretrained(folder)
     return model
 
 
@@ -49,15 +58,18 @@ def assert_same_logits(one, other):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "kind, changes",
     [
-        {},
-        {"n_layer": 3, "n_head": 2, "tie_word_embeddings": False},
-        {"n_inner": 96, "activation_function": "gelu_pytorch_tanh"},
+        ("gpt2", {}),
+        ("gpt2", {"n_layer": 3, "n_head": 2, "tie_word_embeddings": False}),
+        ("gpt2", {"n_inner": 96, "activation_function": "gelu_pytorch_tanh"}),
+        ("nanochat", {}),
+        ("nanochat", {"num_attention_heads": 2, "hidden_act": "gelu_new"}),
+        ("nanochat", {"tie_word_embeddings": True}),
     ],
 )
-def test_their_models_give_their_logits_here(tmp_path, changes):
-    expected = theirs(tmp_path, **changes)
+def test_their_models_give_their_logits_here(tmp_path, kind, changes):
+    expected = theirs(tmp_path, kind, **changes)
     gpt, rest = load_model(tmp_path)
     assert rest["tokenizer"] is None and not gpt.training
     assert_same_logits(gpt, expected)
@@ -78,7 +90,7 @@ def test_sharded_files(tmp_path):
     shard = next(tmp_path.glob("*00002*.safetensors"))
     for harm in (lambda: shard.write_bytes(b"x" * 99_999), shard.unlink):
         harm()
-        with pytest.raises(ValueError, match="cannot read .* as GPT-2: ") as error:
+        with pytest.raises(ValueError, match="cannot read .* as GPT-2 or NanoChat: ") as error:
             GPT.from_pretrained(tmp_path)
         assert "\n" not in str(error.value)
 
@@ -90,24 +102,37 @@ def test_sharded_files(tmp_path):
         {"qkv_bias": False, "tie_weights": False},  # the book's model
         {"bias": False},
         {"n_layer": 1, "n_head": 1, "tie_weights": False, "dropout": 0.25},
+        MODERN,
+        MODERN | {"n_layer": 3, "n_head": 2, "tie_weights": True, "dropout": 0.25},
     ],
 )
 def test_our_models_give_our_logits_there(tmp_path, changes):
     gpt = ours(**changes)
     (tmp_path / "model.safetensors.index.json").write_text("{}")  # of an earlier, larger model
-    gpt.save_pretrained(tmp_path, "bytes")
+    name = gpt.save_pretrained(tmp_path, "bytes")
     assert not list(tmp_path.glob("*index*"))
-    model, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert model.generation_config.eos_token_id == model.config.bos_token_id == 256
+    cls = transformers.NanoChatForCausalLM if "rotary" in changes else transformers.GPT2LMHeadModel
+    assert name == cls.__name__
+    model, report = cls.from_pretrained(tmp_path, output_loading_info=True)
+    for config in (model.config, model.generation_config):
+        assert config.bos_token_id == config.eos_token_id == 256 and config.pad_token_id is None
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert_same_logits(gpt, model.eval())
+    idx = torch.randint(61, (2, 3))
+    generated = model.generate(idx, max_new_tokens=13, do_sample=False)
+    assert torch.equal(generated, gpt.generate(idx, 13, temperature=0))
     again, rest = load_model(tmp_path)
     assert rest["tokenizer"] == "bytes" and again.config.dropout == gpt.config.dropout
     assert_same_logits(again, model)
 
 
-def test_export_import_export_gives_the_same_files(tmp_path):
-    ours(qkv_bias=False, tie_weights=False).save_pretrained(tmp_path / "a", "gpt2")
+@pytest.mark.parametrize("changes", [dict(qkv_bias=False, tie_weights=False), MODERN])
+def test_export_import_export_gives_the_same_files(tmp_path, changes):
+    gpt = ours(**changes)
+    gpt.transformer.wte.weight.data.mul_(0.01)  # so close to zero that epsilons matter
+    for block in gpt.transformer.h:
+        block.attn.c_attn.weight.data[:48].mul_(0.003)  # queries and keys
+    gpt.save_pretrained(tmp_path / "a", "gpt2")
     GPT.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", "gpt2")
     names = sorted(os.listdir(tmp_path / "a"))
     assert names == sorted(os.listdir(tmp_path / "b"))
@@ -118,9 +143,14 @@ def test_export_import_export_gives_the_same_files(tmp_path):
 
 def test_a_model_with_other_logits_there_is_neither_written_nor_read(tmp_path, monkeypatch):
     theirs(tmp_path / "in")
-    right = model.gpt2_config
-    wrong = dict(activation_function="relu")
-    monkeypatch.setattr(model, "gpt2_config", lambda config, **x: right(config, **wrong, **x))
+    right = model.transformers_config
+
+    def wrong(*args, **kwargs):
+        config = right(*args, **kwargs)
+        config.activation_function = "relu"
+        return config
+
+    monkeypatch.setattr(model, "transformers_config", wrong)
     for use in (
         lambda: ours().save_pretrained(tmp_path / "out", "gpt2"),
         lambda: load_model(tmp_path / "in"),
@@ -171,9 +201,12 @@ BIAS = "h.1.mlp.c_fc.bias"
     "harm, message",
     [
         (lambda d: (d / "config.json").unlink(), "lacks config.json"),
-        (lambda d: (d / "model.safetensors").unlink(), "as GPT-2: its files are smaller than"),
+        (
+            lambda d: (d / "model.safetensors").unlink(),
+            "as GPT-2 or NanoChat: its files are smaller than",
+        ),
         (lambda d: (d / "config.json").write_text("{"), "config.json. is not a valid JSON"),
-        (lambda d: (d / "config.json").write_text("[]"), "as GPT-2: "),
+        (lambda d: (d / "config.json").write_text("[]"), "as GPT-2 or NanoChat: "),
         (lambda d: (d / "config.json").write_text("{}"), "its files are smaller than the model"),
         (lambda d: (d / "model.safetensors").write_bytes(b"x" * 99_999), "header too large"),
         (save_pickle, "asks for code to be run, which is refused"),
@@ -184,7 +217,7 @@ BIAS = "h.1.mlp.c_fc.bias"
         (lambda d: edit(d, n_embd=27), "mismatched_keys: .*transformer.h.0"),
         (lambda d: edit(d, n_layer=3), "missing_keys: transformer.h.2.attn.c_attn.bias"),
         (lambda d: edit(d, n_layer=10**9), "its files are smaller than the model"),
-        (lambda d: edit(d, n_head="3"), "as GPT-2: "),
+        (lambda d: edit(d, n_head="3"), "as GPT-2 or NanoChat: "),
         (lambda d: edit_tensors(d, **{BIAS: None}), f"missing_keys: transformer.{BIAS}"),
         (lambda d: edit_tensors(d, more=torch.ones(2)), "unexpected_keys: transformer.more"),
         (lambda d: edit_tensors(d, **{BIAS: torch.ones(2)}), f"mismatched_keys: .*{BIAS}"),
@@ -198,6 +231,45 @@ def test_folders_that_are_no_gpt2(folder, capfd, harm, message):
         GPT.from_pretrained("x")
     assert "\n" not in str(error.value) and capfd.readouterr() == ("", "")
     assert not (folder / "malice").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(hidden_act="relu2"), "its hidden_act is 'relu2', not 'gelu_pytorch_tanh'"),
+        (dict(intermediate_size=50), "its intermediate_size is 50, not 96"),
+        (dict(num_key_value_heads=1), "its num_key_value_heads is 1, not 3"),
+        (dict(final_logit_softcapping=15.0), "its final_logit_softcapping is 15.0, not None"),
+        (dict(attention_bias=True), "its attention_bias is True"),
+        (dict(rms_norm_eps=1e-6), "its rms_norm_eps is 1e-06, not 1e-05"),
+        (dict(rope_theta=5e5), "its rope_parameters is {'rope_theta': 500000.0"),
+        (dict(rope_parameters=dict(rope_type="linear", factor=2.0)), "its rope_parameters is "),
+        (dict(head_dim=12), "mismatched_keys: .*model.layers.0.self_attn"),
+    ],
+)
+def test_nanochats_with_other_settings(tmp_path, changes, message):
+    theirs(tmp_path, "nanochat", **changes)
+    if "rope_theta" in changes:  # as older versions of transformers write it
+        edit(tmp_path, rope_parameters=None, **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        GPT.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(rms_norm=True), "as gpt2: its rms_norm is not False"),
+        (dict(qk_norm=True), "as gpt2: its qk_norm is not False"),
+        (MODERN | dict(rms_norm=False), "as nanochat: its rms_norm is not True"),
+        (MODERN | dict(qk_norm=False), "as nanochat: its qk_norm is not True"),
+        (MODERN | dict(bias=True), "as nanochat: its bias is not False"),
+    ],
+)
+def test_models_that_transformers_lacks_are_not_exported(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=f"not expressible {message}"):
+        ours(**changes).save_pretrained(tmp_path / "x", "gpt2")
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_name_that_is_neither_here_nor_on_the_hub(command, monkeypatch):
@@ -273,11 +345,13 @@ def test_a_tokenizer_is_taken_for_gpt2s_only_if_it_is(command, tmp_path, kind, v
     assert code == (2 if kind in ("shuffled", "bert") else 0), err
 
 
-def test_export_on_the_command_line(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["gpt2", "nanochat"])
+def test_export_on_the_command_line(command, tmp_path, monkeypatch, kind):
     """A GPT-2 vocabulary goes with its tokenizer; training can start from the folder."""
-    theirs(tmp_path / "in", vocab_size=50257)
-    assert command("sample.py", f"--init_from={tmp_path}/in", "--export=out")[0] == 0
-    tokenizer = transformers.GPT2Tokenizer.from_pretrained("out")
+    name = type(theirs(tmp_path / "in", kind, vocab_size=50257)).__name__
+    code, out, _ = command("sample.py", f"--init_from={tmp_path}/in", "--export=out")
+    assert (code, out) == (0, f"written: out, for {name}.from_pretrained\n")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
     assert tokenizer.encode("Every effort moves you") == [6109, 3626, 6100, 345]
     (tmp_path / "my.txt").write_text("Every effort moves you. " * 100)
     assert command("prepare.py", "my.txt")[0] == 0

@@ -260,7 +260,7 @@ def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
         (["--score=one.txt"], "needs at least two tokens"),
         (["--score=latin.txt"], "latin.txt is not UTF-8 text (see byte 1)"),
         (["--export=words.txt"], "words.txt"),
-        (["--init_from=data"], "cannot read data as GPT-2: "),
+        (["--init_from=data"], "cannot read data as GPT-2 or NanoChat: "),
         (["--ckpt=gpt2"], "there is no checkpoint gpt2"),
         (["--ckpt=data"], "there is no checkpoint data"),
         (["Every effort"], 'did you mean --start "Every effort"?'),
