@@ -651,8 +651,9 @@ def find_cut(text: str, tokenizer: tiktoken.Encoding) -> int:
     ids = tokenizer.encode_ordinary(text)
     for count in range(len(ids) - 500, max(0, len(ids) - 600), -1):
         cut = len(tokenizer.decode(ids[:count], errors="ignore"))
-        if same_ids(text[:cut], text[cut:], tokenizer):
-            return cut
+        if tokenizer.encode_ordinary(text[:cut]) == ids[:count]:
+            if tokenizer.encode_ordinary(text[cut:]) == ids[count:]:
+                return cut
     return 0
 
 
