@@ -166,8 +166,8 @@ def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding) -> list[int]:
 
 
 def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
-    """Return the text of token ids; unknown ids and invalid UTF-8 become U+FFFD."""
-    return decode_bytes(tokenizer, ids).decode("utf-8", errors="replace")
+    """Return the text of token ids; bytes that are not UTF-8 become <e7>, unknown ids U+FFFD."""
+    return decode_bytes(tokenizer, ids).decode("utf-8", errors="hex")
 
 
 def decode_bytes(tokenizer: tiktoken.Encoding, ids: list[int]) -> bytes:
