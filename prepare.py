@@ -166,8 +166,8 @@ def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding) -> list[int]:
 
 
 def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
-    """Return the text of token ids; bytes that are not UTF-8 become <e7>, unknown ids U+FFFD."""
-    return decode_bytes(tokenizer, ids).decode("utf-8", errors="hex")
+    """Return the text of token ids; bytes that are not UTF-8 become \\xe7, unknown ids U+FFFD."""
+    return decode_bytes(tokenizer, ids).decode("utf-8", errors="backslashreplace")
 
 
 def decode_bytes(tokenizer: tiktoken.Encoding, ids: list[int]) -> bytes:

@@ -105,7 +105,8 @@ def write(prompt: str, config: SampleConfig, gpt: GPT, tokenizer):
     rules |= {"seed": config.seed, "stop_token": end if config.stop else None}
     shown = "" if config.start is None and prompt == prepare.ENDOFTEXT else prompt
     print(shown, end="\n" if config.top_logprobs else "", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")("hex")  # holds back incomplete characters
+    # Holds back incomplete characters; shows bytes that are not UTF-8 as \xe7.
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     rows = []  # of each position the tokens of all samples
     for token, logits in gpt.stream(idx, config.max_new_tokens, **rules):  # (B, 1), (B, V)
         check_finite(logits)
@@ -175,7 +176,7 @@ def alternatives(id: int, logits: torch.Tensor, k: int, tokenizer) -> str:
     likeliest = logprobs.topk(min(k, len(logprobs)))
 
     def show(id, logprob):
-        text = prepare.token_bytes(tokenizer, id).decode("utf-8", "hex")
+        text = prepare.token_bytes(tokenizer, id).decode("utf-8", "backslashreplace")
         return f"{text!r} {100 * math.exp(logprob):.1f}%"
 
     others = "  ".join(map(show, likeliest.indices.tolist(), likeliest.values.tolist()))

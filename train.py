@@ -104,7 +104,7 @@ class TrainConfig(GPTConfig):
     activation_checkpointing: bool = False  # recompute activations: less memory, more time
 
     def __post_init__(self):
-        GPTConfig(**self.model_args())  # raises ValueError for an impossible shape
+        super().__post_init__()
         rates = "learning_rate embedding_learning_rate head_learning_rate initial_lr min_lr "
         rates += "warmup_iters weight_decay grad_clip seed"
         sizes = "batch_size micro_batch_size max_iters max_skipped muon_interval log_interval "
@@ -205,7 +205,7 @@ def estimate_loss(gpt: GPT, splits: dict, config: TrainConfig, autocast, signals
 def main(argv: list[str]):
     with process_group() as run_id:
         config = parse(TrainConfig, argv)
-        with lock_by_rank0(config.out_dir):
+        with lock(config.out_dir) if get_rank() == 0 else contextlib.nullcontext():
             exit_code = train(config, run_id)
     leave(exit_code)
 
@@ -236,9 +236,9 @@ def train(config: TrainConfig, run_id: str) -> int:
         if evaluation_is_due(config, step, log.lines):
             val_loss = evaluate(gpt, splits, autocast, prompt, log, step, signals)
             if val_loss < best_val_loss:
-                before, best_val_loss = best_val_loss, val_loss
-                if config.save_best and step > 0 and not save("best.ckpt"):
-                    best_val_loss = before  # the next good one is saved
+                best_val_loss = val_loss
+                if config.save_best and step > 0:
+                    save("best.ckpt")
         if step != saved_step and checkpoint_is_due(config, step, log.clock) and save():
             saved_step = step
         if step >= config.max_iters or any_rank(signals) or skipped >= config.max_skipped:
@@ -413,17 +413,18 @@ def read_prompt(config: TrainConfig, splits: dict, meta: dict) -> tuple:
 def write_sample(gpt: GPT, prompt: tuple, log: "Log", autocast):
     """Print the prompt and its 40 likeliest next tokens, up to <|endoftext|>."""
     tokenizer, ids, end = prompt
+    if not ids or (get_rank() > 0 and not is_sharded(gpt)):
+        return
     idx = torch.tensor([ids], device=log.device)
-    if ids and is_sharded(gpt):  # every rank runs each forward pass
+    if is_sharded(gpt):  # every rank runs each forward pass
         with autocast:
             idx = gpt.generate(idx, 40, temperature=0, stop_token=end, use_cache=False)
-    elif ids and get_rank() == 0:
+    else:
         writer = prepack(gpt, log.dtype) if log.device.type == "cpu" else gpt  # a faster copy
         idx = writer.generate(idx, 40, temperature=0, stop_token=end)
-    if ids and get_rank() == 0:
-        ids = idx[0].tolist()
-        ids = ids[:-1] if ids[-1] == end else ids
-        print0("      " + " ".join(prepare.decode(tokenizer, ids).split()))
+    if get_rank() == 0:
+        text = prepare.decode(tokenizer, idx[0].tolist()).removesuffix(prepare.ENDOFTEXT)
+        print0("      " + " ".join(text.split()))
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -707,6 +708,8 @@ def finish(log: Log, meta: dict, step: int, saved: bool, stopped_by: int) -> int
         try:
             if get_rank() == 0 and not log.waiting:
                 plot(config, log.lines, meta["train_tokens"])
+        except ImportError:
+            print0("no loss.png: it needs matplotlib (pip install matplotlib)")
         except Exception as error:  # a failed picture must not fail the run
             print0(f"no loss.png: {error}")
     total = clock.seconds()
@@ -716,9 +719,8 @@ def finish(log: Log, meta: dict, step: int, saved: bool, stopped_by: int) -> int
     if stopped_by and saved and step > 0:
         ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
         launcher = f"torchrun --nproc_per_node={ranks}" if dist.is_initialized() else "python"
-        words = ["--init_from", "resume"]
-        words += [] if config.out_dir == "out" else ["--out_dir", config.out_dir]
-        print0(f"to go on: {launcher} train.py {shlex.join(words)}")
+        out_dir = shlex.quote(config.out_dir)
+        print0(f"to go on: {launcher} train.py --init_from resume --out_dir {out_dir}")
     return (128 + stopped_by if stopped_by else 0) if saved else 1
 
 
@@ -758,28 +760,19 @@ def gpu_use(log: Log, rate: float) -> str:
 
 def plot(config: TrainConfig, lines: list[dict], train_tokens: int):
     """Draw loss.png: losses over updates and tokens (epochs, if several), and the learning rate."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print0("no loss.png: it needs matplotlib (pip install matplotlib)")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    options = dict(sharex=True, figsize=(8, 5.5), height_ratios=(4, 1), layout="constrained")
-    figure, (losses, rates) = pyplot.subplots(2, 1, **options)
-    name = config.dataset.replace("$", r"\$")  # a dollar sign begins a formula
-    losses.set(title=f"{name}, {config.n_layer} layers, {config.n_embd} channels")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    title = f"{config.dataset}, {config.n_layer} layers, {config.n_embd} channels"
+    losses.set_title(title, parse_math=False)
     losses.set(ylabel="loss (nats per token)")
     rates.set(xlabel="updates", ylabel="learning rate")
-    for name, label, style in (
-        ("loss", "batch", dict(color="0.75", linewidth=1)),
-        ("train_loss", "training", dict(color="C0", marker=".")),
-        ("val_loss", "validation", dict(color="C3", marker=".")),
-    ):
+    for name, color in {"loss": "0.75", "train_loss": "C0", "val_loss": "C3"}.items():
         points = [(x["step"], x[name]) for x in lines if x.get(name) is not None]
-        if points and name != "loss":
-            label += f" {points[-1][1]:.2f}"
-        losses.plot(*zip(*points or [(0, math.nan)]), label=label, **style)
+        marker, last = ("", "") if name == "loss" or not points else (".", f" {points[-1][1]:.2f}")
+        style = dict(color=color, marker=marker, label=name + last)
+        losses.plot(*zip(*points or [(0, math.nan)]), **style)
     losses.legend(frameon=False)
     steps = range(max(1, lines[-1]["step"]) + 1)
     rates.plot(steps, [get_lr(step, config) for step in steps], color="C2")
@@ -795,7 +788,6 @@ def plot(config: TrainConfig, lines: list[dict], train_tokens: int):
     with warnings.catch_warnings(), atomic_write(Path(config.out_dir, "loss.png")) as file:
         warnings.simplefilter("ignore")  # about characters that the font lacks
         figure.savefig(file, dpi=110, format="png")
-    pyplot.close(figure)
 
 
 def start_wandb(config: TrainConfig, id: str | None):
@@ -805,11 +797,9 @@ def start_wandb(config: TrainConfig, id: str | None):
 
         options = dict(project=os.environ.get("WANDB_PROJECT", "gpt"), id=id, resume="allow")
         return wandb.init(config=asdict(config), dir=config.out_dir, **options)
-    except ImportError:
-        raise UserError("--wandb needs the package wandb (pip install wandb)") from None
-    except Exception as error:  # no key, no network, ...
-        reason = " ".join(str(error).split()) or repr(error)
-        raise UserError(f"--wandb: {reason}; WANDB_MODE=offline needs no account") from error
+    except Exception as error:  # not installed, no key, no network, ...
+        advice = "WANDB_MODE=offline needs no account, and all need pip install wandb"
+        raise UserError(f"--wandb: {str(error) or repr(error)}; {advice}") from error
 
 
 # --- Devices and processes ------------------------------------------------------------------------
@@ -1017,11 +1007,6 @@ def process_group():
     dist.destroy_process_group()
 
 
-def lock_by_rank0(folder: str):
-    """Return a context in which no other run can write to the folder."""
-    return lock(folder) if get_rank() == 0 else contextlib.nullcontext()
-
-
 def leave(exit_code: int):
     """End the program; under torchrun without Python's cleanup, in which gloo's threads may abort.
 
@@ -1029,8 +1014,6 @@ def leave(exit_code: int):
     """
     if "RANK" in os.environ:
         atexit._run_exitfuncs()
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
 
@@ -1045,16 +1028,14 @@ def check_ranks(config: TrainConfig, meta: dict, saved: dict, device: torch.devi
             if first[name] != other.get(name):
                 values = f"{first[name]!r} in process 0, {other.get(name)!r} in {rank}"
                 raise UserError(f"processes differ in {name}: {values}")
-    ranks, B, own = get_world_size(), config.batch_size, str(device)
+    ranks, B = get_world_size(), config.batch_size
     if B % ranks:
         fits = max(1, B // ranks) * ranks
         raise UserError(f"{ranks} processes cannot share batch_size {B}: take --batch_size {fits}")
     if config.parallel == "fsdp" and ranks == 1:
         raise UserError("--parallel fsdp is for several processes: start them with torchrun")
-    if device.type in ("cpu", "cuda"):  # each rank needs a GPU of its own, but not a CPU
-        is_gpu = device.type == "cuda"
-        own = torch.cuda.get_device_properties(device).uuid if is_gpu else get_rank()
-    if len(set(all_gather(str(own)))) < ranks:
+    own = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device
+    if device.type != "cpu" and len(set(all_gather(str(own)))) < ranks:
         raise UserError(f"{ranks} processes need {ranks} devices; {device} is used by several")
 
 

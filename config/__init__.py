@@ -11,7 +11,6 @@ variables that have to be set before torch is imported.
 """
 
 import ast
-import codecs
 import contextlib
 import dataclasses
 import difflib
@@ -107,15 +106,6 @@ def excepthook(kind, error, traceback):
 sys.excepthook = excepthook
 
 
-def hexadecimal(error: UnicodeDecodeError) -> tuple[str, int]:
-    """Show bytes that are not UTF-8 as <e7>: the error handler "hex" for codecs."""
-    wrong = error.object[error.start : error.end]
-    return "".join(f"<{byte:02x}>" for byte in wrong), error.end
-
-
-codecs.register_error("hex", hexadecimal)
-
-
 def parse(cls, argv: list[str]):
     """Return an instance of the dataclass `cls`; its attribute `given` has the settings given.
 
@@ -184,9 +174,7 @@ def check_name(name: str, types: dict, where: str = ""):
         return
     near = difflib.get_close_matches(name.replace("-", "_"), types, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]}?" if near else "--help lists them all"
-    if name in OTHER_NAMES:
-        advice = OTHER_NAMES[name]
-    raise UserError(f"{where}there is no setting {name!r}; {advice}")
+    raise UserError(f"{where}there is no setting {name!r}; {OTHER_NAMES.get(name, advice)}")
 
 
 def alternatives(type_) -> tuple:

@@ -366,7 +366,7 @@ def test_resume_alone_goes_on_with_any_run(command, dataset, folder, monkeypatch
         code, out, _ = command("train.py", *argv)
     assert code == 130
     words = shlex.split(out.splitlines()[-1].removeprefix("to go on: python train.py "))
-    assert words == ["--init_from", "resume"]
+    assert words == ["--init_from", "resume", "--out_dir", "out"]
     code, out, err = command("train.py", "--init_from=resume")
     assert (code, err) == (0, "") and "changed" not in out and "going on after 3\n" in out
     assert differences(result("whole"), result("out")) == []
