@@ -506,10 +506,8 @@ def merge(config: TrainConfig, settings: dict, gpt: GPT, path: str) -> TrainConf
             raise UserError(f"{name} is {before} in {path} and cannot be {value}: leave it out")
         if before != value:
             print0(f"changed since the checkpoint: {name} was {before}, is {value}")
-    try:
+    with user_errors():
         merged = TrainConfig(**settings | shape | given | {"init_from": config.init_from})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the settings in {path} cannot be used: {error}") from error
     merged.given = {"vocab_size": settings.get("vocab_size")} | config.given
     return merged
 
@@ -576,8 +574,7 @@ def save_checkpoint(
         weights, optimizer_state = dcp.get_state_dict(gpt, optimizers, options=options)
         as_given = asdict(config) | {"vocab_size": config.given.get("vocab_size")}
         state |= dict(model=weights, model_args=config.model_args(), config=as_given)
-        if log.wandb:
-            state["wandb"] = log.wandb.id
+        state |= {"wandb": log.wandb.id} if log.wandb else {}
         if get_rank() == 0:  # the other ranks receive empty dicts
             if gpt.config.tie_weights:  # one matrix in the file
                 weights["lm_head.weight"] = weights["transformer.wte.weight"]
@@ -975,12 +972,13 @@ def process_group():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=RENDEZVOUS))
         run_id = store.compare_set("run_id", "", secrets.token_hex(8)).decode()
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # several machines: see config/gpt2.py
             # After a restart the store still has the old addresses (pytorch/pytorch#135712).
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+            store = dist.PrefixStore(attempt, store)
         elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # a new store per restart
             run_id = os.environ.get("TORCHELASTIC_RUN_ID", run_id)
         store.set(f"here {rank}", "")
@@ -1000,7 +998,7 @@ def process_group():
                 raise
             error = UserError(f"lost the other processes: {str(error).splitlines()[0]}")
         with contextlib.suppress(RuntimeError):  # the store may be gone
-            if store.compare_set("failed", "", str(rank)).decode() != str(rank):
+            if store.compare_set(f"failed {attempt}", "", str(rank)).decode() != str(rank):
                 sys.exit(2)  # another rank has failed before and says why
         raise error from error.__cause__
     all_gather(None)  # torchrun ends all ranks at the first one's exit code
