@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import prepare
@@ -191,8 +192,11 @@ def test_a_pipe_in_which_nothing_arrives(trained):
     argv = [sys.executable, str(ROOT / "sample.py"), "--max_new_tokens=1"]
     pipe = subprocess.PIPE
     with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        timer = threading.Timer(60, process.kill)
+        timer.start()
         assert "reading a prompt from standard input" in process.stderr.readline()
         out, err = process.communicate("a")
+        timer.cancel()
     assert process.returncode == 0 and out.startswith("a") and err == ""
 
 
