@@ -647,7 +647,7 @@ class Malice:
         (checkpoint_bytes(1), "lacks model or model_args"),
         (checkpoint_bytes(model_args=SMALL | {"n_embd": 32}), "size mismatch for transformer"),
         (checkpoint_bytes(model_args=SMALL | {"n_layer": 10**9}), "tensors of 2 layers"),
-        (checkpoint_bytes(model_args=SMALL | {"n_layer": "2"}), "'str' and 'int'"),
+        (checkpoint_bytes(model_args=SMALL | {"n_layer": "2"}), "'str'"),
         (checkpoint_bytes(model_args=SMALL | {"n_head": 5}), "must be a multiple of n_head"),
         (checkpoint_bytes(model_args=SMALL | {"depth": 5}), "unexpected keyword argument 'depth'"),
         (checkpoint_bytes(model={}), "tensors of 0 layers"),
