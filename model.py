@@ -26,7 +26,7 @@ import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from config import UserError, atomic_write
+from config import UserError, atomic_write, check_ranges
 
 import torch
 import torch.distributed as dist
@@ -56,15 +56,11 @@ class GPTConfig:
     qk_norm: bool = False  # normalize queries and keys (Henry et al. 2020)
 
     def __post_init__(self):
-        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        sizes = "vocab_size context_length n_layer n_head n_embd"
+        ranges = {"[1, 1e12)": sizes, "[0, inf)": "embedding_std", "[0, 1)": "dropout"}
+        check_ranges(self, ranges)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
-        if not 0 <= self.embedding_std < math.inf:
-            raise ValueError(f"embedding_std is {self.embedding_std}; it must be at least 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if self.rotary and self.n_embd // self.n_head % 2:
             raise ValueError("rotary needs an even number of channels in a head: n_embd / n_head")
 

@@ -46,7 +46,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
-from config import UserError, atomic_write, lock, parse, run, user_errors
+from config import UserError, atomic_write, check_ranges, lock, parse, run, user_errors
 
 import numpy as np
 import regex
@@ -78,10 +78,7 @@ class PrepareConfig:
             self.dataset = name if first.is_dir() else Path(name).stem
         if self.dataset in ("", ".", "..") or set(self.dataset) & set('/\\\0:*?"<>|\n'):
             raise ValueError(f"{self.dataset!r} is not a folder name: give one with --dataset")
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"--val_fraction is {self.val_fraction}; it must be between 0 and 1")
-        if self.workers is not None and not 1 <= self.workers <= 1024:
-            raise ValueError(f"--workers is {self.workers}; it must be between 1 and 1,024")
+        check_ranges(self, {"(0, 1)": "val_fraction", "[1, 1024]": "workers"})
 
 
 def main(argv: list[str]):
@@ -101,7 +98,7 @@ def main(argv: list[str]):
             for split, text, ids in encode_files(files, config, tokenizer, counts):
                 splits[split].write(ids.astype(dtype).tobytes())
                 meta[f"{split}_bytes"] += len(text.encode())
-                counts.update(characters=len(text), markers=text.count(ENDOFTEXT))
+                counts["characters"] += len(text)
             if not counts["characters"]:
                 raise UserError("found no document in the sources")
     report(meta, counts, config)
@@ -138,12 +135,12 @@ def encode_files(
     # the owner slows down all others. The main thread becomes the owner, and uses it rarely.
     encode("It's 1 word,\n  and more! ", tokenizer)
     total = sum(os.path.getsize(path) for path in files if os.path.isfile(path))
-    records = show_progress(read_files(files, config, tokenizer), total)
+    records = show_progress(read_files(files, config, tokenizer, counts), total)
     for result in ordered_map(encode_record, records, config.workers):
         if not isinstance(result, UserError):
-            ends, *encoded = result
-            counts["documents"] += ends
-            yield encoded
+            ends, split, text, ids = result
+            counts.update(documents=ends, markers=text.count(ENDOFTEXT) if ends else 0)
+            yield split, text, ids
             continue
         if config.on_error == "stop":
             raise UserError(f"{result} (--on_error skip leaves out broken records)")
@@ -193,8 +190,17 @@ def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding) -> list[int]:
 
 
 def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
-    """Return the text of token ids; unknown ids and invalid UTF-8 become U+FFFD."""
-    return decode_bytes(tokenizer, ids).decode("utf-8", errors="replace")
+    """Return the text of token ids; bytes that are not UTF-8 become <e7>, unknown ids U+FFFD."""
+    return decode_bytes(tokenizer, ids).decode("utf-8", errors="hex")
+
+
+def hexadecimal(error: UnicodeDecodeError) -> tuple[str, int]:
+    """Show bytes that are not UTF-8 as <e7>: the error handler "hex" for decoding."""
+    wrong = error.object[error.start : error.end]
+    return "".join(f"<{byte:02x}>" for byte in wrong), error.end
+
+
+codecs.register_error("hex", hexadecimal)
 
 
 def decode_bytes(tokenizer: tiktoken.Encoding, ids: list[int]) -> bytes:
@@ -500,7 +506,10 @@ def read_blocks(file: BinaryIO, where: str | Path) -> Iterator[str]:
 
 
 def read_files(
-    files: dict[str, str | None], config: PrepareConfig, tokenizer: tiktoken.Encoding
+    files: dict[str, str | None],
+    config: PrepareConfig,
+    tokenizer: tiktoken.Encoding,
+    counts: Counter,
 ) -> Iterator[tuple[Record, int, int]]:
     """Yield (record, its size in bytes, bytes of all files read so far) for each document.
 
@@ -515,7 +524,7 @@ def read_files(
         try:
             with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
                 if name == "text" and alone and not config.separator:
-                    records = read_single(file, path, split, config, tokenizer)
+                    records = read_single(file, path, split, config, tokenizer, counts)
                 else:
                     records = (Record(*x, split) for x in readers[name](file, path, config))
                 for record in records:
@@ -532,7 +541,7 @@ def read_files(
 
 
 def read_single(
-    file: BinaryIO, path: str, split: str | None, config: PrepareConfig, tokenizer
+    file: BinaryIO, path: str, split: str | None, config: PrepareConfig, tokenizer, counts: Counter
 ) -> Iterator[Record]:
     """Yield the pieces of one text, which is cut at `1 - val_fraction` of its characters."""
     if not file.seekable():  # a pipe can be read only once
@@ -548,8 +557,10 @@ def read_single(
     cut = {"train": sys.maxsize, "val": 0}.get(split)
     if cut is None:
         cut = int((1 - config.val_fraction) * sum(map(len, blocks())))
-    done = 0  # characters
+    done, before = 0, ""  # characters; the end of the piece before
     for piece in cut_text(blocks(), tokenizer):
+        counts["markers"] += (before + piece).count(ENDOFTEXT)
+        before = piece[1 - len(ENDOFTEXT) :]
         end = max(0, cut - done)  # of the training part of this piece
         done += len(piece)
         yield Record(path, piece[:end], None, "train", ends=False)

@@ -18,13 +18,16 @@ that each token has at least half a context before it, and there is no dropout.
 import codecs
 import contextlib
 import math
+import re
 import sys
+import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import prepare
-from config import UserError, lock, parse, run, user_errors
+from config import UserError, check_ranges, lock, parse, run, user_errors
 from model import GPT, check_finite, choose_device, load_checkpoint, load_model, prepack
 
 import torch
@@ -57,27 +60,17 @@ class SampleConfig:
     export: str | None = None  # write the weights to this folder for Hugging Face's transformers
 
     def __post_init__(self):
-        bounds = {"num_samples": (1, 2**16), "max_new_tokens": (1, 2**40), "seed": (0, 2**62)}
-        bounds |= {"temperature": (0, 1e9), "top_k": (1, 2**40), "min_p": (0, 1)}
-        bounds |= {"top_logprobs": (1, 2**40)}
-        for name, (least, most) in bounds.items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                wanted = f"from {least} to {most}" if most == 1 else f"at least {least}"
-                raise ValueError(f"{name} is {value}; it must be {wanted}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        ranges = {"[0, 1]": "min_p", "(0, 1]": "top_p", "[0, 1e9]": "temperature"}
+        ranges |= {"[0, inf)": "seed", "[1, 65536]": "num_samples"}
+        check_ranges(self, ranges | {"[1, 1e12]": "max_new_tokens top_k top_logprobs"})
+        uses = ("start", "top_logprobs", "score", "export")
+        uses = [name for name in uses if getattr(self, name) is not None]
+        if len(uses) > 1 and uses != ["start", "top_logprobs"]:
+            raise ValueError(f"--{uses[0]} and --{uses[-1]} exclude each other: leave one out")
 
 
 def main(argv: list[str]):
-    try:
-        config = parse(SampleConfig, argv)
-    except UserError as error:
-        if isinstance(error.__cause__, OSError):
-            prompt = error.__cause__.filename
-            raise UserError(f'{error}; did you mean --start "{prompt}"?') from error
-        raise
-    codecs.register_error("hex", hexadecimal)
+    config = parse(SampleConfig, argv)
     with user_errors():
         device, dtype = choose_device(config.device, config.dtype)
         name = config.init_from
@@ -92,11 +85,8 @@ def main(argv: list[str]):
         dtype = torch.float32  # a loss with all its digits
     gpt = prepack(gpt.to(device, dtype))
     tokenizer = prepare.get_tokenizer(saved["tokenizer"])
-    if config.score == "val":
-        score(read_validation(saved), gpt, tokenizer)
-    elif config.score:
-        text = prepare.read_text(config.score)
-        score(torch.from_numpy(prepare.encode(text, tokenizer).astype("int64")), gpt, tokenizer)
+    if config.score:
+        score(config.score, saved, gpt, tokenizer)
     elif config.start is None and sys.stdin and sys.stdin.isatty():
         print("Type a prompt; an empty line ends, Ctrl-C ends a text early.")
         while prompt := read_line():
@@ -107,11 +97,49 @@ def main(argv: list[str]):
         write(read_prompt(config.start), config, gpt, tokenizer)
 
 
+@torch.inference_mode()  # a few hundredths faster than no_grad
+def write(prompt: str, config: SampleConfig, gpt: GPT, tokenizer):
+    """Print the prompt and its continuations, the first one as it is generated."""
+    device, end = gpt.transformer.wte.weight.device, tokenizer.eot_token
+    idx = torch.tensor([encode(prompt, tokenizer, gpt)] * config.num_samples, device=device)
+    rules = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    rules |= {"seed": config.seed, "stop_token": end if config.stop else None}
+    shown = "" if config.start is None and prompt == prepare.ENDOFTEXT else prompt
+    print(shown, end="\n" if config.top_logprobs else "", flush=True)
+    # Holds back incomplete characters; shows bytes that are not UTF-8 as <e7>.
+    decoder = codecs.getincrementaldecoder("utf-8")("hex")
+    rows = []  # of each position the tokens of all samples
+    for token, logits in gpt.stream(idx, config.max_new_tokens, **rules):  # (B, 1), (B, V)
+        check_finite(logits)
+        rows.append(token[:, 0].tolist())
+        id = rows[-1][0]
+        if config.stop and id == end:
+            continue  # the other samples may go on
+        if config.top_logprobs:
+            print(alternatives(id, logits[0], config.top_logprobs, tokenizer), flush=True)
+        else:
+            print(decoder.decode(prepare.token_bytes(tokenizer, id)), end="", flush=True)
+    print()
+    for ids in list(zip(*rows))[1:]:  # the other samples
+        if config.stop and end in ids:
+            ids = ids[: ids.index(end)]
+        decoder.reset()
+        text = decoder.decode(prepare.decode_bytes(tokenizer, ids))
+        print("-" * 40 + f"\n{shown}{text}")
+
+
+# --- A first reading may stop here ----------------------------------------------------------------
+
+
 def read_prompt(start: str | None) -> str:
     """Return the prompt that `--start` names; without one, standard input or <|endoftext|>."""
     if start is None:
+        said = "(reading a prompt from standard input; --start gives one)"
+        timer = threading.Timer(1, print, [said], dict(file=sys.stderr, flush=True))
+        timer.start()  # an open pipe in which nothing arrives
         with contextlib.suppress(AttributeError, OSError, ValueError):  # closed, a notebook's, ...
             start = "-" if sys.stdin.buffer.peek(1) else None
+        timer.cancel()
     if start is None:
         return prepare.ENDOFTEXT
     if start == "-" or start.startswith("FILE:"):
@@ -141,47 +169,6 @@ def encode(prompt: str, tokenizer, gpt: GPT) -> list[int]:
     if len(ids) > (T := gpt.config.context_length):
         print(f"(a prompt of {len(ids):,} tokens: the model sees the last {T:,})", file=sys.stderr)
     return ids
-
-
-@torch.inference_mode()  # a few hundredths faster than no_grad
-def write(prompt: str, config: SampleConfig, gpt: GPT, tokenizer):
-    """Print the prompt and its continuations, the first one as it is generated."""
-    device, end = gpt.transformer.wte.weight.device, tokenizer.eot_token
-    idx = torch.tensor([encode(prompt, tokenizer, gpt)] * config.num_samples, device=device)
-    rules = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_p")}
-    stop_token = end if config.stop else None
-    stream = gpt.stream(idx, config.max_new_tokens, config.seed, stop_token, **rules)
-    shown = "" if config.start is None and prompt == prepare.ENDOFTEXT else prompt
-    print(shown, end="\n" if config.top_logprobs else "", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")("hex")  # holds back incomplete characters
-    rows = []  # of each position the tokens of all samples
-    for token, logits in stream:  # (num_samples, 1), (num_samples, V)
-        check_finite(logits)
-        rows.append(token[:, 0].tolist())
-        id = rows[-1][0]
-        if config.stop and id == end:
-            if config.num_samples == 1:
-                break
-        elif config.top_logprobs:
-            print(alternatives(id, logits[0], config.top_logprobs, tokenizer), flush=True)
-        else:
-            print(decoder.decode(prepare.token_bytes(tokenizer, id)), end="", flush=True)
-    print()
-    for ids in list(zip(*rows))[1:]:  # the other samples
-        if config.stop and end in ids:
-            ids = ids[: ids.index(end)]
-        decoder.reset()
-        text = decoder.decode(prepare.decode_bytes(tokenizer, ids))
-        print("-" * 40 + f"\n{shown}{text}")
-
-
-# --- A first reading may stop here ----------------------------------------------------------------
-
-
-def hexadecimal(error: UnicodeDecodeError) -> tuple[str, int]:
-    """Show bytes that are not UTF-8 as <e7>: an error handler for codecs."""
-    wrong = error.object[error.start : error.end]
-    return "".join(f"<{byte:02x}>" for byte in wrong), error.end
 
 
 def alternatives(id: int, logits: torch.Tensor, k: int, tokenizer) -> str:
@@ -217,12 +204,18 @@ def read_validation(saved: dict) -> torch.Tensor:
 
 
 @torch.no_grad()
-def score(ids: torch.Tensor, gpt: GPT, tokenizer):
-    """Print the mean loss in nats per token, perplexity and bits per byte of a text's ids (N,).
+def score(name: str, saved: dict, gpt: GPT, tokenizer):
+    """Print the mean loss in nats per token, perplexity and bits per byte of a text.
 
-    The first token is not predicted. Windows overlap by half a context, so that beyond the first
-    window each token has at least half a context before it.
+    `name` is a file, or val: the validation split that the model of the checkpoint `saved` was
+    trained with. The first token is not predicted. Windows overlap by half a context, so that
+    beyond the first window each token has at least half a context before it.
     """
+    if name == "val":
+        ids = read_validation(saved)  # (N,)
+    else:
+        ids = prepare.encode(prepare.read_text(name), tokenizer)
+        ids = torch.from_numpy(ids.astype("int64"))
     if len(ids) < 2:
         raise UserError("a text to score needs at least two tokens")
     if ids.max() >= gpt.config.vocab_size:
@@ -255,6 +248,9 @@ def export(gpt: GPT, tokenizer: str | None, folder: str):
     """Write weights, and gpt2's tokenizer files, for Hugging Face's transformers."""
     lacking = f"tokenizer files: its tokenizer is {tokenizer or 'not known'}"
     with user_errors(), lock(folder):
+        config = Path(folder, "config.json")
+        if config.exists() and not re.search('"model_type": "(gpt2|nanochat)"', config.read_text()):
+            raise UserError(f"{config} is not of a GPT: name a new folder")
         name = gpt.save_pretrained(folder, tokenizer)
         if tokenizer == "gpt2":
             try:

@@ -8,7 +8,7 @@
 Reads data/<dataset>/, made by prepare.py. Writes out/model.ckpt (the weights and all that resuming
 needs), out/metrics.jsonl (one line per report) and out/loss.png (a picture of the losses).
 
-Read `main` first: one pass of its loop is one update, with the book's four steps: forward pass,
+Read `train` first: one pass of its loop is one update, with the book's four steps: forward pass,
 loss, backward pass, update. A batch follows from the seed and the step alone, so a resumed run
 draws the same batches. Several processes (ranks) run the same loop, each on its share of a batch.
 """
@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Literal
 
 import prepare
-from config import UserError, atomic_write, check_type, lock, parse, run, user_errors
+from config import UserError, atomic_write, check_ranges, check_type, lock, parse, run, user_errors
 from model import (
     GPT,
     GPTConfig,
@@ -104,17 +104,13 @@ class TrainConfig(GPTConfig):
     activation_checkpointing: bool = False  # recompute activations: less memory, more time
 
     def __post_init__(self):
-        GPTConfig(**self.model_args())  # raises ValueError for an impossible shape
-        for least, names in ((0, AT_LEAST_0), (1, AT_LEAST_1)):
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not least <= value < math.inf:
-                    raise ValueError(f"{name} is {value}; it must be at least {least} and finite")
-        for name in ("beta1", "beta2", "momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be in [0, 1)")
-        if not 0 < self.cooldown_fraction <= 1:
-            raise ValueError(f"cooldown_fraction is {self.cooldown_fraction}; it must be in (0, 1]")
+        super().__post_init__()
+        rates = "learning_rate embedding_learning_rate head_learning_rate initial_lr min_lr "
+        rates += "warmup_iters weight_decay grad_clip seed"
+        sizes = "batch_size micro_batch_size max_iters max_skipped muon_interval log_interval "
+        sizes += "eval_interval eval_iters checkpoint_interval"
+        fractions = {"[0, 1)": "beta1 beta2 momentum", "(0, 1]": "cooldown_fraction"}
+        check_ranges(self, fractions | {"[0, inf)": rates, "[1, 1e12)": sizes})
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("Muon needs whole matrices: take --parallel ddp or --optimizer adamw")
 
@@ -122,12 +118,6 @@ class TrainConfig(GPTConfig):
         """Return the fields of GPTConfig among the settings; no vocab_size while it is None."""
         values = {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
         return {name: value for name, value in values.items() if value is not None}
-
-
-AT_LEAST_0 = "seed warmup_iters learning_rate embedding_learning_rate head_learning_rate "
-AT_LEAST_0 += "initial_lr min_lr weight_decay grad_clip"
-AT_LEAST_1 = "batch_size micro_batch_size max_iters log_interval eval_interval eval_iters "
-AT_LEAST_1 += "checkpoint_interval max_skipped muon_interval"
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -158,14 +148,6 @@ def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def read_windows(stream, starts: np.ndarray, config: TrainConfig) -> torch.Tensor:
-    """Return T + 1 token ids beginning at each of `starts` (B,): (B, T + 1) int64."""
-    positions = starts[:, None] + np.arange(config.context_length + 1)  # (B, T + 1)
-    tokens = stream[positions % len(stream)].astype(np.int64)
-    check_ids(tokens, config)
-    return torch.from_numpy(tokens)
-
-
 def get_lr(step: int, config: TrainConfig) -> float:
     """Return the learning rate of update `step` (from 0), which groups multiply by `lr_scale`.
 
@@ -183,16 +165,6 @@ def get_lr(step: int, config: TrainConfig) -> float:
         progress = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
         height = 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
     return config.min_lr + (config.learning_rate - config.min_lr) * height
-
-
-def set_lr(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig) -> float:
-    """Set the learning rate of every parameter group for update `step`; return the base rate."""
-    lr = get_lr(step, config)
-    for optimizer in optimizers:
-        optimizer.step_number = step  # Muon updates some of its matrices at each step
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-    return lr
 
 
 @torch.no_grad()
@@ -231,85 +203,116 @@ def estimate_loss(gpt: GPT, splits: dict, config: TrainConfig, autocast, signals
 
 
 def main(argv: list[str]):
-    config = parse(TrainConfig, argv)
-    with process_group() as run_id, lock_by_rank0(config.out_dir):
-        signals = catch_signals()
-        config, gpt, saved = load_weights(config, run_id)  # from scratch gpt is None, saved {}
-        splits, meta = open_dataset(config, saved)
-        device, dtype, autocast, scaler = get_precision(config)
-        check_ranks(config, meta, saved, device)
-        gpt = gpt or create_model(config, device)
-        model = distribute(gpt, config, device, dtype)  # in a single process: gpt itself
-        optimizers = make_optimizers(gpt, config, dtype)
-        step, best_val_loss = load_state(gpt, optimizers, scaler, saved)
-        prompt = read_prompt(config, splits, meta)
-        log = Log(config, meta, saved, device, dtype)
-        describe(config, splits, meta, log)
-        train_model = compile_model(model, splits["train"], config, device, autocast)
-        log.started = time.perf_counter()
-        size = sequences_per_pass(config)
-
-        def save(name: str = "model.ckpt") -> bool:  # with the values at the time of the call
-            state = dict(step=step, best_val_loss=best_val_loss, scaler=scaler.state_dict())
-            return save_checkpoint(gpt, optimizers, log, name, state | {"run_id": run_id})
-
-        while True:
-            if log.evaluation_is_due(step):
-                val_loss = evaluate(gpt, splits, autocast, prompt, log, step, signals)
-                if val_loss < best_val_loss:
-                    before, best_val_loss = best_val_loss, val_loss
-                    if config.save_best and step > 0 and not save("best.ckpt"):
-                        best_val_loss = before  # the next good one is saved
-            if log.checkpoint_is_due(step):
-                save()
-            if step >= config.max_iters or any_rank(signals):
-                break
-            lr = set_lr(optimizers, step, config)
-            x, y = get_batch(splits["train"], step, config, device, get_rank(), get_world_size())
-            micro_batches = list(zip(x.split(size), y.split(size)))
-            total_loss = 0.0
-            for micro_step, (inputs, targets) in enumerate(micro_batches):
-                seed_dropout(config.seed, step, micro_step)
-                set_grad_sync(model, micro_step == len(micro_batches) - 1)
-                with autocast:
-                    micro_loss = train_model(inputs, targets)  # 1. forward pass, 2. loss
-                micro_loss = micro_loss * (len(inputs) / len(x))
-                scaler.scale(micro_loss).backward()  # 3. backward pass; gradients add up
-                total_loss += micro_loss.detach()
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.grad_clip or math.inf)
-            loss, norm = to_numbers(total_loss, norm)  # over all ranks; waits for the device
-            for optimizer in optimizers:
-                if math.isfinite(loss + norm):
-                    optimizer.step()  # 4. update
-                optimizer.zero_grad()
-            scaler.update()
-            step += 1
-
-            log.update(step, loss, lr, norm)
-        exit_code = log.finish(step, saved=save(), stopped_by=any_rank(signals))
+    with process_group() as run_id:
+        config = parse(TrainConfig, argv)
+        with lock(config.out_dir) if get_rank() == 0 else contextlib.nullcontext():
+            exit_code = train(config, run_id)
     leave(exit_code)
+
+
+def train(config: TrainConfig, run_id: str) -> int:
+    """Train until `max_iters`, a signal or too many skipped updates; return the exit code."""
+    signals = catch_signals()
+    config, gpt, saved = load_weights(config, run_id)  # from scratch gpt is None, saved {}
+    splits, meta = open_dataset(config, saved)
+    device, dtype, autocast, scaler = get_precision(config)
+    check_ranks(config, meta, saved, device)
+    gpt = gpt or create_model(config, device)
+    model = distribute(gpt, config, device, dtype)  # in a single process: gpt itself
+    optimizers = make_optimizers(gpt, config, dtype)
+    step, best_val_loss = load_state(gpt, optimizers, scaler, saved)
+    prompt = read_prompt(config, splits, meta)
+    describe(config, meta, step, device, dtype)
+    train_model = compile_model(model, splits["train"], config, device, autocast)
+    log = Log(config, saved, device, dtype)
+    size, saved_step, skipped = sequences_per_pass(config), step, 0
+
+    def save(name: str = "model.ckpt") -> bool:  # with the values at the time of the call
+        state = dict(step=step, best_val_loss=best_val_loss, scaler=scaler.state_dict())
+        state |= dict(run_id=run_id, tokenizer=meta["tokenizer"], dataset=meta["fingerprint"])
+        return save_checkpoint(gpt, optimizers, log, name, state, skipped)
+
+    while True:
+        if evaluation_is_due(config, step, log.lines):
+            val_loss = evaluate(gpt, splits, autocast, prompt, log, step, signals)
+            if val_loss < best_val_loss:
+                best_val_loss = val_loss
+                if config.save_best and step > 0:
+                    save("best.ckpt")
+        if step != saved_step and checkpoint_is_due(config, step, log.clock) and save():
+            saved_step = step
+        if step >= config.max_iters or any_rank(signals) or skipped >= config.max_skipped:
+            break
+        lr = set_lr(optimizers, step, config)
+        x, y = get_batch(splits["train"], step, config, device, get_rank(), get_world_size())
+        micro_batches = list(zip(x.split(size), y.split(size)))
+        total_loss = 0.0
+        for micro_step, (inputs, targets) in enumerate(micro_batches):
+            seed_dropout(config.seed, step, micro_step)
+            set_grad_sync(model, micro_step == len(micro_batches) - 1)
+            with autocast:
+                micro_loss = train_model(inputs, targets)  # 1. forward pass, 2. loss
+            micro_loss = micro_loss * (len(inputs) / len(x))
+            scaler.scale(micro_loss).backward()  # 3. backward pass; gradients add up
+            total_loss += micro_loss.detach()
+        for optimizer in optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.grad_clip or math.inf)
+        loss, norm = to_numbers(total_loss, norm)  # over all ranks; waits for the device
+        skipped = 0 if math.isfinite(loss + norm) else skipped + 1  # updates in a row
+        for optimizer in optimizers:
+            if not skipped:
+                optimizer.step()  # 4. update
+            optimizer.zero_grad()
+        scaler.update()
+        step += 1
+
+        log.update(step, skipped, loss, lr, norm)
+    saved = step == saved_step or save()
+    return finish(log, meta, step, saved, stopped_by=any_rank(signals))
+
+
+# --- A first reading may stop here ----------------------------------------------------------------
+
+
+def read_windows(stream, starts: np.ndarray, config: TrainConfig) -> torch.Tensor:
+    """Return T + 1 token ids beginning at each of `starts` (B,): (B, T + 1) int64."""
+    positions = starts[:, None] + np.arange(config.context_length + 1)  # (B, T + 1)
+    tokens = stream[positions % len(stream)].astype(np.int64)
+    check_ids(tokens, config)
+    return torch.from_numpy(tokens)
+
+
+def set_lr(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConfig) -> float:
+    """Set the learning rate of every parameter group for update `step`; return the base rate."""
+    lr = get_lr(step, config)
+    for optimizer in optimizers:
+        optimizer.step_number = step  # Muon updates some of its matrices at each step
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+    return lr
+
+
+def evaluation_is_due(config: TrainConfig, step: int, lines: list[dict]) -> bool:
+    done = any(line["step"] == step and "val_loss" in line for line in lines[-2:])  # resumed
+    return not done and (step % config.eval_interval == 0 or step == config.max_iters)
 
 
 def evaluate(gpt: GPT, splits: dict, autocast, prompt, log, step: int, signals) -> float:
     """Report the mean losses of both splits and a sample; return the validation loss."""
-    with log.timed("evaluation"):
+    with log.clock.timed("evaluation"):
         losses = estimate_loss(gpt, splits, log.config, autocast, signals)
     if not losses:  # a signal has stopped it
         return math.nan
     train, val = losses["train"], losses["val"]
     perplexity = math.exp(min(val, 700))  # number of equally likely tokens with the same loss
     text = f"training loss {train:.4f}  validation loss {val:.4f}  perplexity {perplexity:,.2f}"
-    log.write(step, text, train_loss=train, val_loss=val, val_perplexity=perplexity)
-    with log.timed("samples"):
+    log.add(step, text, train_loss=train, val_loss=val, val_perplexity=perplexity)
+    with log.clock.timed("samples"):
         write_sample(gpt, prompt, log, autocast)
     if is_sharded(gpt):
         gpt.reshard()  # frees the gathered weights, as a backward pass does
     return val
-
-
-# --- A first reading may stop here ----------------------------------------------------------------
 
 
 def permute(index: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -410,17 +413,18 @@ def read_prompt(config: TrainConfig, splits: dict, meta: dict) -> tuple:
 def write_sample(gpt: GPT, prompt: tuple, log: "Log", autocast):
     """Print the prompt and its 40 likeliest next tokens, up to <|endoftext|>."""
     tokenizer, ids, end = prompt
+    if not ids or (get_rank() > 0 and not is_sharded(gpt)):
+        return
     idx = torch.tensor([ids], device=log.device)
-    if ids and is_sharded(gpt):  # every rank runs each forward pass
+    if is_sharded(gpt):  # every rank runs each forward pass
         with autocast:
             idx = gpt.generate(idx, 40, temperature=0, stop_token=end, use_cache=False)
-    elif ids and get_rank() == 0:
+    else:
         writer = prepack(gpt, log.dtype) if log.device.type == "cpu" else gpt  # a faster copy
         idx = writer.generate(idx, 40, temperature=0, stop_token=end)
-    if ids and get_rank() == 0:
-        ids = idx[0].tolist()
-        ids = ids[:-1] if ids[-1] == end else ids
-        print0("      " + " ".join(prepare.decode(tokenizer, ids).split()))
+    if get_rank() == 0:
+        text = prepare.decode(tokenizer, idx[0].tolist()).removesuffix(prepare.ENDOFTEXT)
+        print0("      " + " ".join(text.split()))
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
@@ -494,18 +498,16 @@ def merge(config: TrainConfig, settings: dict, gpt: GPT, path: str) -> TrainConf
     optimizer; reports other changes.
     """
     shape = asdict(gpt.config)
+    del shape["dropout"], shape["embedding_std"]  # may change
     given = {x: value for x, value in config.given.items() if value is not None or x not in shape}
     for name, value in given.items():
-        before = shape.get(name, settings.get(name, value))
-        fixed = name == "optimizer" or (name in shape and name != "embedding_std")
-        if before != value and fixed:
+        before = (settings | shape).get(name, value)
+        if before != value and (name in shape or name == "optimizer"):
             raise UserError(f"{name} is {before} in {path} and cannot be {value}: leave it out")
-        if (before := settings.get(name, value)) != value:
+        if before != value:
             print0(f"changed since the checkpoint: {name} was {before}, is {value}")
-    try:
+    with user_errors():
         merged = TrainConfig(**settings | shape | given | {"init_from": config.init_from})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"the settings in {path} cannot be used: {error}") from error
     merged.given = {"vocab_size": settings.get("vocab_size")} | config.given
     return merged
 
@@ -534,36 +536,49 @@ def load_state(gpt: GPT, optimizers: list, scaler, saved: dict) -> tuple[int, fl
     return saved["step"], saved["best_val_loss"]
 
 
-def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: dict) -> bool:
+def checkpoint_is_due(config: TrainConfig, step: int, clock: "Clock") -> bool:
+    """Return whether to save at `step`: at the interval given, else at evaluations.
+
+    Saving at evaluations takes no more than about a twentieth of the time.
+    """
+    if config.checkpoint_interval is not None:
+        return step < config.max_iters and step % config.checkpoint_interval == 0
+    cheap = 20 * clock.spent["saving"] < clock.seconds()
+    return step < config.max_iters and step % config.eval_interval == 0 and any_rank([int(cheap)])
+
+
+def save_checkpoint(
+    gpt: GPT, optimizers: list, log: "Log", name: str, state: dict, skipped: int
+) -> bool:
     """Write out_dir/name; return False and report why if it is not written. All ranks call it.
 
     model.ckpt holds all that resuming needs, best.ckpt what sampling needs. After several skipped
     updates in a row, or a validation loss that is not finite, the weights are suspect: they never
     replace a good checkpoint.
     """
-    path, resumable = log.out_dir / name, name == "model.ckpt"
-    if resumable and log.saved_step == state["step"]:
-        return True
+    config, path = log.config, Path(log.config.out_dir, name)
     val_losses = [line["val_loss"] for line in log.lines if "val_loss" in line]
-    diverged = None in val_losses[-1:]  # the last one is not finite
-    if log.skipped > 1 or diverged or not all(optimizer.state for optimizer in optimizers):
-        reason = "the validation loss is not finite"
-        if log.skipped > 1 or not diverged:
-            reason = f"the last {log.skipped:,} updates were skipped"
+    reason = "the validation loss is not finite" if val_losses[-1:] == [None] else ""
+    if skipped > 1 or skipped == config.max_skipped or log.waiting:
+        reason = f"the last {skipped:,} updates were skipped: lower --learning_rate"
+    if reason:
         print0(f"{path.as_posix()} NOT SAVED: {reason}")
         return False
-    from torch.distributed.checkpoint import state_dict as dcp  # takes half a second
+    with log.clock.timed("saving"):
+        from torch.distributed.checkpoint import state_dict as dcp  # takes half a second
 
-    with log.timed("saving"):
-        started = time.perf_counter()
+        started, result = time.perf_counter(), ""
         options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        which = optimizers if resumable else []
-        weights, optimizer_state = dcp.get_state_dict(gpt, which, options=options)
-        state |= log.constants | {"model": weights}
+        if name == "best.ckpt":
+            optimizers = []
+        weights, optimizer_state = dcp.get_state_dict(gpt, optimizers, options=options)
+        as_given = asdict(config) | {"vocab_size": config.given.get("vocab_size")}
+        state |= dict(model=weights, model_args=config.model_args(), config=as_given)
+        state |= {"wandb": log.wandb.id} if log.wandb else {}
         if get_rank() == 0:  # the other ranks receive empty dicts
             if gpt.config.tie_weights:  # one matrix in the file
                 weights["lm_head.weight"] = weights["transformer.wte.weight"]
-            if resumable:  # without parameter groups, which follow from the settings
+            if optimizers:  # without parameter groups, which follow from the settings
                 state |= {"optimizer": optimizer_state["state"], "metrics": log.lines}
             try:
                 with atomic_write(path) as file:
@@ -573,11 +588,7 @@ def save_checkpoint(gpt: GPT, optimizers: list, log: "Log", name: str, state: di
             except (OSError, RuntimeError) as error:  # torch.save wraps OSErrors
                 result = f"NOT SAVED, an earlier one is unchanged: {error.__context__ or error}"
             print0(f"{path.as_posix()} {result}")
-        saved = all_gather(get_rank() > 0 or result.startswith("saved"))[0]
-    if saved and resumable:
-        log.saved_step, log.saved_at = state["step"], time.perf_counter()
-        log.save_seconds = log.saved_at - started
-    return saved
+        return all_gather(result)[0].startswith("saved")
 
 
 def move_earlier_run(out_dir: Path):
@@ -603,73 +614,14 @@ def print0(text: str):
             sys.stdout = open(os.devnull, "w")
 
 
-class Log:
-    """Reports of a run: printed, and kept in `lines`, which rank 0 writes to metrics.jsonl."""
+class Clock:
+    """The seconds since training began, and in `spent` those that were not training."""
 
-    def __init__(self, config: TrainConfig, meta: dict, saved: dict, device, dtype):
-        self.config, self.out_dir = config, Path(config.out_dir)
-        self.train_tokens = meta["train_tokens"]
-        self.device, self.dtype = device, dtype
-        as_given = asdict(config) | {"vocab_size": config.given.get("vocab_size")}
-        self.constants = dict(config=as_given, model_args=config.model_args())  # of checkpoints
-        self.constants |= dict(tokenizer=meta["tokenizer"], dataset=meta["fingerprint"])
-        self.first_step = self.saved_step = self.logged_step = saved.get("step", 0)
-        self.lines = saved.get("metrics", [])
-        self.earlier = self.lines[-1]["seconds"] if self.lines else 0.0  # seconds before this start
-        self.started, self.logged = time.perf_counter(), 0.0
-        self.spent = Counter()  # seconds that were not training
-        self.skipped = 0  # updates in a row
-        self.saved_at = self.save_seconds = 0.0  # when the last save ended, and how long it took
-        self.no_update_yet = not self.first_step  # of a new run
-        self.complete = False  # whether metrics.jsonl has all lines
-        with user_errors():
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.out_dir).close()  # fails now, not after hours
-        self.wandb = None
-        if config.wandb and get_rank() == 0:
-            self.wandb = start_wandb(config, saved.get("wandb"))
-            self.constants["wandb"] = self.wandb.id
+    def __init__(self):
+        self.started, self.spent, self.reported = time.perf_counter(), Counter(), 0.0
 
-    def write(self, step: int, text: str, **values: float):
-        """Print a line, and add one with `values` to `lines` and metrics.jsonl."""
-        print0(f"step {step:>{len(str(self.config.max_iters))}}  {text}")
-        seconds = round(self.earlier + time.perf_counter() - self.started, 3)
-        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.lines.append({"step": step, "seconds": seconds} | values)
-        if self.wandb:
-            self.wandb.log(self.lines[-1], step=step)
-        self.flush()
-
-    def flush(self):
-        """Append the newest line to metrics.jsonl; at first and after an error write all lines."""
-        if get_rank() > 0 or self.no_update_yet:
-            return
-        path = self.out_dir / "metrics.jsonl"
-        try:
-            lines = self.lines[-1:] if self.complete else self.lines
-            with open(path, "ab") if self.complete else atomic_write(path) as file:
-                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-            self.complete = True
-        except OSError as error:
-            self.complete = False
-            print0(f"{path.as_posix()} lacks the line of step {lines[-1]['step']:,}: {error}")
-
-    def evaluation_is_due(self, step: int) -> bool:
-        done = any(line["step"] == step and "val_loss" in line for line in self.lines[-2:])
-        return not done and (step % self.config.eval_interval == 0 or step == self.config.max_iters)
-
-    def checkpoint_is_due(self, step: int) -> bool:
-        """Return whether to save now: at the interval given, else at evaluations.
-
-        A save at an evaluation must take less than a twentieth of the time since the last one.
-        """
-        config = self.config
-        if step in (self.saved_step, config.max_iters):
-            return False
-        if config.checkpoint_interval is not None:
-            return step % config.checkpoint_interval == 0
-        cheap = time.perf_counter() - self.saved_at > 20 * self.save_seconds
-        return step % config.eval_interval == 0 and any_rank([int(cheap)])
+    def seconds(self) -> float:
+        return time.perf_counter() - self.started
 
     @contextlib.contextmanager
     def timed(self, what: str):
@@ -678,77 +630,116 @@ class Log:
         yield
         self.spent[what] += time.perf_counter() - started
 
-    def update(self, step: int, loss: float, lr: float, norm: float):
-        """Report an update at its interval, or if it was skipped; stop after `max_skipped` of them.
+    def lap(self) -> float:
+        """Return the seconds of training since the last call."""
+        before, self.reported = self.reported, self.seconds() - self.spent.total()
+        return self.reported - before
+
+
+class Log:
+    """The lines of a run's metrics: printed, kept in `lines`, and by rank 0 in metrics.jsonl."""
+
+    def __init__(self, config: TrainConfig, saved: dict, device: torch.device, dtype):
+        self.config, self.device, self.dtype, self.clock = config, device, dtype, Clock()
+        self.first_step, self.lines = saved.get("step", 0), saved.get("metrics", [])
+        self.seconds_before = self.lines[-1]["seconds"] if self.lines else 0.0
+        self.waiting = not self.first_step  # a new run writes no file before its first update
+        self.complete = False  # whether metrics.jsonl has all lines
+        with user_errors():
+            os.makedirs(config.out_dir, exist_ok=True)
+            tempfile.TemporaryFile(dir=config.out_dir).close()  # fails now, not after hours
+        use_wandb = config.wandb and get_rank() == 0
+        self.wandb = start_wandb(config, saved.get("wandb")) if use_wandb else None
+
+    def add(self, step: int, text: str, **values: float):
+        """Print a line, and add one with `values` to `lines` and metrics.jsonl."""
+        print0(f"step {step:>{len(str(self.config.max_iters))}}  {text}")
+        seconds = round(self.seconds_before + self.clock.seconds(), 3)
+        values = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.lines.append({"step": step, "seconds": seconds} | values)
+        if self.wandb:
+            self.wandb.log(self.lines[-1], step=step)
+        self.flush()
+
+    def flush(self):
+        """Append the newest line to metrics.jsonl; at first and after an error write all lines."""
+        if get_rank() > 0 or self.waiting:
+            return
+        path = Path(self.config.out_dir, "metrics.jsonl")
+        lines = self.lines[-1:] if self.complete else self.lines
+        try:
+            with open(path, "ab") if self.complete else atomic_write(path) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+            self.complete = True
+        except OSError as error:
+            self.complete = False
+            print0(f"{path.as_posix()} lacks the line of step {lines[-1]['step']:,}: {error}")
+
+    def update(self, step: int, skipped: int, loss: float, lr: float, norm: float):
+        """Report an update at its interval, or if it was skipped.
 
         The first update of a new run moves the files of an earlier run away.
         """
         config = self.config
-        self.skipped = 0 if math.isfinite(loss + norm) else self.skipped + 1
-        if self.no_update_yet and not self.skipped:
-            self.no_update_yet = False
+        if skipped:
+            print0(f"step {step:,} skipped: loss {loss:.4f}, gradient norm {norm:.2f}")
+        elif self.waiting:
+            self.waiting = False
             if get_rank() == 0:
                 with user_errors():
-                    move_earlier_run(self.out_dir)
+                    move_earlier_run(Path(config.out_dir))
             self.flush()
-        if self.skipped:
-            print0(f"step {step:,} skipped: loss {loss:.4f}, gradient norm {norm:.2f}")
         if step % config.log_interval == 0:
-            seconds = time.perf_counter() - self.started - self.spent.total()
-            pace = (seconds - self.logged) / (step - self.logged_step)  # seconds per update
-            self.logged_step, self.logged = step, seconds
+            pace = self.clock.lap() / min(config.log_interval, step - self.first_step)
             rate = config.batch_size * config.context_length / pace
             left = timedelta(seconds=round(min((config.max_iters - step) * pace, 1e13)))
             text = f"loss {loss:.4f}  lr {lr:.2e}  gradient norm {norm:.2f}  {rate:,.0f} tokens/s"
             text += f"{gpu_use(self, rate)}  {left} left"
-            self.write(step, text, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
-        if self.skipped >= config.max_skipped:
-            reason = f"{self.skipped:,} updates in a row had no finite loss or gradient"
-            saved = f"model.ckpt is of step {self.saved_step:,}" if self.saved_step else "not saved"
-            raise SystemExit(f"stopped: {reason}; {saved}; lower --learning_rate")
-
-    def finish(self, step: int, saved: bool, stopped_by: int) -> int:
-        """Draw loss.png, report where the time went and how to go on; return the exit code."""
-        with self.timed("drawing"):
-            try:
-                if get_rank() == 0 and not self.no_update_yet:
-                    plot(self.out_dir, self.config, self.lines, self.train_tokens)
-            except Exception as error:  # a failed picture must not fail the run
-                print0(f"no loss.png: {error}")
-        total = time.perf_counter() - self.started
-        shares = {"training": total - self.spent.total()} | self.spent
-        listed = ", ".join(f"{what} {seconds / total:.0%}" for what, seconds in shares.items())
-        print0(f"{step - self.first_step:,} updates in {timedelta(seconds=round(total))}: {listed}")
-        if stopped_by and saved and step > 0:
-            ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-            launcher = f"torchrun --nproc_per_node={ranks}" if dist.is_initialized() else "python"
-            words = ["--init_from", "resume"]
-            words += [] if self.config.out_dir == "out" else ["--out_dir", self.config.out_dir]
-            print0(f"to go on: {launcher} train.py {shlex.join(words)}")
-        return (128 + stopped_by if stopped_by else 0) if saved else 1
+            self.add(step, text, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
 
 
-def describe(config: TrainConfig, splits: dict, meta: dict, log: Log):
+def finish(log: Log, meta: dict, step: int, saved: bool, stopped_by: int) -> int:
+    """Draw loss.png, report where the time went and how to go on; return the exit code."""
+    config, clock = log.config, log.clock
+    with clock.timed("drawing"):
+        try:
+            if get_rank() == 0 and not log.waiting:
+                plot(config, log.lines, meta["train_tokens"])
+        except ImportError:
+            print0("no loss.png: it needs matplotlib (pip install matplotlib)")
+        except Exception as error:  # a failed picture must not fail the run
+            print0(f"no loss.png: {error}")
+    total = clock.seconds()
+    shares = {"training": total - clock.spent.total()} | clock.spent
+    listed = ", ".join(f"{what} {seconds / total:.0%}" for what, seconds in shares.items())
+    print0(f"{step - log.first_step:,} updates in {timedelta(seconds=round(total))}: {listed}")
+    if stopped_by and saved and step > 0:
+        ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+        launcher = f"torchrun --nproc_per_node={ranks}" if dist.is_initialized() else "python"
+        out_dir = shlex.quote(config.out_dir)
+        print0(f"to go on: {launcher} train.py --init_from resume --out_dir {out_dir}")
+    return (128 + stopped_by if stopped_by else 0) if saved else 1
+
+
+def describe(config: TrainConfig, meta: dict, step: int, device: torch.device, dtype):
     """Print the first lines of a run: data, model, device, and what the run takes."""
-    train, val, parameters = len(splits["train"]), len(splits["val"]), count_parameters(config)[0]
+    train, val, parameters = meta["train_tokens"], meta["val_tokens"], count_parameters(config)[0]
     tokens, flops = config.batch_size * config.context_length, flops_per_token(config)
     epochs, total = config.max_iters * tokens / train, config.max_iters * tokens * flops
     checkpoint, memory = (size / 1e6 for size in count_bytes(config))
     ranks = f", {get_world_size()} processes ({config.parallel})" if dist.is_initialized() else ""
-    done = f"; going on after {log.first_step:,}" if log.first_step else ""
+    done = f"; going on after {step:,}" if step else ""
     shape = f"{config.n_layer} layers, {config.n_embd} channels, {config.n_head} heads"
     print0(f"data    {config.dataset}: {meta['source']}")
     print0(f"        {train:,} tokens to train on, {val:,} to validate with ({meta['tokenizer']})")
     print0(f"model   {parameters:,} parameters: {shape}, context {config.context_length:,}")
-    print0(
-        f"device  {log.device}, matrix products in {str(log.dtype).removeprefix('torch.')}{ranks}"
-    )
+    print0(f"device  {device}, matrix products in {str(dtype).removeprefix('torch.')}{ranks}")
     print0(f"memory  {memory:,.4g} MB for weights, gradients and optimizer, plus activations")
     print0(f"run     {config.max_iters:,} updates of {tokens:,} tokens, {epochs:.3g} epochs{done}")
     print0(f"        {flops:.3g} FLOP per token, {total:.3g} FLOP in all")
-    print0(f"files   {log.out_dir.as_posix()}/, checkpoints of {checkpoint:,.4g} MB")
-    if log.first_step >= config.max_iters:
-        print0(f"all {log.first_step:,} updates are done; a larger --max_iters goes on from here")
+    print0(f"files   {Path(config.out_dir).as_posix()}/, checkpoints of {checkpoint:,.4g} MB")
+    if step >= config.max_iters:
+        print0(f"all {step:,} updates are done; a larger --max_iters goes on from here")
     if config.warmup_iters >= config.max_iters:
         print0(f"warning: a warm-up of {config.warmup_iters:,} updates never ends in this run")
 
@@ -764,30 +755,21 @@ def gpu_use(log: Log, rate: float) -> str:
     return f"  MFU {rate * flops_per_token(log.config) / peak / get_world_size():.0%}{memory}"
 
 
-def plot(out_dir: Path, config: TrainConfig, lines: list[dict], train_tokens: int):
+def plot(config: TrainConfig, lines: list[dict], train_tokens: int):
     """Draw loss.png: losses over updates and tokens (epochs, if several), and the learning rate."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print0("no loss.png: it needs matplotlib (pip install matplotlib)")
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
-    options = dict(sharex=True, figsize=(8, 5.5), height_ratios=(4, 1), layout="constrained")
-    figure, (losses, rates) = pyplot.subplots(2, 1, **options)
-    name = config.dataset.replace("$", r"\$")  # a dollar sign begins a formula
-    losses.set(title=f"{name}, {config.n_layer} layers, {config.n_embd} channels")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    title = f"{config.dataset}, {config.n_layer} layers, {config.n_embd} channels"
+    losses.set_title(title, parse_math=False)
     losses.set(ylabel="loss (nats per token)")
     rates.set(xlabel="updates", ylabel="learning rate")
-    for name, label, style in (
-        ("loss", "batch", dict(color="0.75", linewidth=1)),
-        ("train_loss", "training", dict(color="C0", marker=".")),
-        ("val_loss", "validation", dict(color="C3", marker=".")),
-    ):
+    for name, color in {"loss": "0.75", "train_loss": "C0", "val_loss": "C3"}.items():
         points = [(x["step"], x[name]) for x in lines if x.get(name) is not None]
-        if points and name != "loss":
-            label += f" {points[-1][1]:.2f}"
-        losses.plot(*zip(*points or [(0, math.nan)]), label=label, **style)
+        marker, last = ("", "") if name == "loss" or not points else (".", f" {points[-1][1]:.2f}")
+        style = dict(color=color, marker=marker, label=name + last)
+        losses.plot(*zip(*points or [(0, math.nan)]), **style)
     losses.legend(frameon=False)
     steps = range(max(1, lines[-1]["step"]) + 1)
     rates.plot(steps, [get_lr(step, config) for step in steps], color="C2")
@@ -800,10 +782,9 @@ def plot(out_dir: Path, config: TrainConfig, lines: list[dict], train_tokens: in
     for axes in (losses, rates):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    with warnings.catch_warnings(), atomic_write(out_dir / "loss.png") as file:
+    with warnings.catch_warnings(), atomic_write(Path(config.out_dir, "loss.png")) as file:
         warnings.simplefilter("ignore")  # about characters that the font lacks
         figure.savefig(file, dpi=110, format="png")
-    pyplot.close(figure)
 
 
 def start_wandb(config: TrainConfig, id: str | None):
@@ -813,11 +794,9 @@ def start_wandb(config: TrainConfig, id: str | None):
 
         options = dict(project=os.environ.get("WANDB_PROJECT", "gpt"), id=id, resume="allow")
         return wandb.init(config=asdict(config), dir=config.out_dir, **options)
-    except ImportError:
-        raise UserError("--wandb needs the package wandb (pip install wandb)") from None
-    except Exception as error:  # no key, no network, ...
-        reason = " ".join(str(error).split()) or repr(error)
-        raise UserError(f"--wandb: {reason}; WANDB_MODE=offline needs no account") from error
+    except Exception as error:  # not installed, no key, no network, ...
+        advice = "WANDB_MODE=offline needs no account, and all need pip install wandb"
+        raise UserError(f"--wandb: {str(error) or repr(error)}; {advice}") from error
 
 
 # --- Devices and processes ------------------------------------------------------------------------
@@ -993,12 +972,13 @@ def process_group():
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
     try:
         store, rank, world_size = next(rendezvous("env://", timeout=RENDEZVOUS))
         run_id = store.compare_set("run_id", "", secrets.token_hex(8)).decode()
         if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":  # several machines: see config/gpt2.py
             # After a restart the store still has the old addresses (pytorch/pytorch#135712).
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+            store = dist.PrefixStore(attempt, store)
         elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # a new store per restart
             run_id = os.environ.get("TORCHELASTIC_RUN_ID", run_id)
         store.set(f"here {rank}", "")
@@ -1012,17 +992,17 @@ def process_group():
         raise UserError(f"{where} did not meet the others: {advice} ({error})") from error
     try:
         yield run_id
-    except RuntimeError as error:
-        if re.search("gloo|nccl", str(error), re.IGNORECASE):
-            raise UserError(f"lost the other processes: {str(error).splitlines()[0]}") from error
-        raise
+    except (UserError, RuntimeError) as error:
+        if not isinstance(error, UserError):
+            if not re.search("gloo|nccl", str(error), re.IGNORECASE):
+                raise
+            error = UserError(f"lost the other processes: {str(error).splitlines()[0]}")
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            if store.compare_set(f"failed {attempt}", "", str(rank)).decode() != str(rank):
+                sys.exit(2)  # another rank has failed before and says why
+        raise error from error.__cause__
     all_gather(None)  # torchrun ends all ranks at the first one's exit code
     dist.destroy_process_group()
-
-
-def lock_by_rank0(folder: str):
-    """Return a context in which no other run can write to the folder."""
-    return lock(folder) if get_rank() == 0 else contextlib.nullcontext()
 
 
 def leave(exit_code: int):
@@ -1032,8 +1012,6 @@ def leave(exit_code: int):
     """
     if "RANK" in os.environ:
         atexit._run_exitfuncs()
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
         os._exit(exit_code)
     sys.exit(exit_code)
 
@@ -1048,16 +1026,14 @@ def check_ranks(config: TrainConfig, meta: dict, saved: dict, device: torch.devi
             if first[name] != other.get(name):
                 values = f"{first[name]!r} in process 0, {other.get(name)!r} in {rank}"
                 raise UserError(f"processes differ in {name}: {values}")
-    ranks, B, own = get_world_size(), config.batch_size, str(device)
+    ranks, B = get_world_size(), config.batch_size
     if B % ranks:
         fits = max(1, B // ranks) * ranks
         raise UserError(f"{ranks} processes cannot share batch_size {B}: take --batch_size {fits}")
     if config.parallel == "fsdp" and ranks == 1:
         raise UserError("--parallel fsdp is for several processes: start them with torchrun")
-    if device.type in ("cpu", "cuda"):  # each rank needs a GPU of its own, but not a CPU
-        is_gpu = device.type == "cuda"
-        own = torch.cuda.get_device_properties(device).uuid if is_gpu else get_rank()
-    if len(set(all_gather(str(own)))) < ranks:
+    own = torch.cuda.get_device_properties(device).uuid if device.type == "cuda" else device
+    if device.type != "cpu" and len(set(all_gather(str(own)))) < ranks:
         raise UserError(f"{ranks} processes need {ranks} devices; {device} is used by several")
 
 

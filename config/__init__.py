@@ -71,21 +71,39 @@ def run(main):
         if hasattr(stream, "reconfigure"):  # not None (closed) nor a notebook's
             stream.reconfigure(errors="replace")  # for characters that the terminal cannot show
     try:
-        return main(sys.argv[1:])
+        try:
+            return main(sys.argv[1:])
+        finally:
+            print(end="", flush=True)  # fails here, not at Python's exit
     except UserError as error:
-        message, code = error, 2
+        stop(error, 2)
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in str(error) and not isinstance(error, MemoryError):
             raise
-        message, code = "out of memory: use a smaller batch, context or model", 2
-    except KeyboardInterrupt:
-        message, code = "stopped", 130  # 128 + SIGINT, as shells report it
-    except BrokenPipeError:  # `| head` has closed standard output
+        stop("out of memory: use a smaller batch, context or model", 2)
+    except OSError as error:
+        if error.filename is not None:
+            raise
         sys.stdout = open(os.devnull, "w")
-        return
+        if not isinstance(error, BrokenPipeError):  # `| head` has closed standard output
+            stop(f"cannot write to standard output: {error.strerror}", 2)
+
+
+def stop(message, code: int):
+    """Print `message` as one line on standard error and exit with `code`."""
     with contextlib.suppress(OSError):  # standard error may be closed
         print(f"{sys.argv[0]}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def excepthook(kind, error, traceback):
+    """Report Ctrl-C as one line, also while torch is imported; other errors as Python does."""
+    if issubclass(kind, KeyboardInterrupt):
+        stop("stopped", 130)  # 128 + SIGINT, as shells report it
+    sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = excepthook
 
 
 def parse(cls, argv: list[str]):
@@ -131,7 +149,8 @@ def read_file(path: str, types: dict) -> dict:
     try:
         body = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path).body  # -sig: skip a BOM
     except OSError as error:
-        raise UserError(f"cannot read config file {path}: {error.strerror}") from error
+        advice = f'; did you mean --start "{path}"?' if "start" in types else ""
+        raise UserError(f"cannot read config file {path}: {error.strerror}{advice}") from error
     except NOT_PYTHON as error:
         raise UserError(f"{path} is not a config file: {error}") from error
     values = {}
@@ -155,9 +174,7 @@ def check_name(name: str, types: dict, where: str = ""):
         return
     near = difflib.get_close_matches(name.replace("-", "_"), types, n=1, cutoff=0.5)
     advice = f"did you mean {near[0]}?" if near else "--help lists them all"
-    if name in OTHER_NAMES:
-        advice = OTHER_NAMES[name]
-    raise UserError(f"{where}there is no setting {name!r}; {advice}")
+    raise UserError(f"{where}there is no setting {name!r}; {OTHER_NAMES.get(name, advice)}")
 
 
 def alternatives(type_) -> tuple:
@@ -190,6 +207,20 @@ def check_type(name: str, value, type_):
     if type(value) in alternatives(type_) or value in alternatives(type_):
         return value
     raise UserError(f"{name} is {value!r}; it must be {type_name(type_)}")
+
+
+def check_ranges(settings, ranges: dict[str, str]):
+    """Raise ValueError unless the settings lie in their ranges; None lies in all of them.
+
+    `ranges` has an interval, such as "[0, 1)", and the names of the settings that it bounds.
+    """
+    for interval, names in ranges.items():
+        low, high = map(float, interval[1:-1].split(", "))
+        for name in names.split():
+            value = getattr(settings, name)
+            ends = (value == low and "[" in interval) or (value == high and "]" in interval)
+            if value is not None and not (ends or low < value < high):
+                raise ValueError(f"{name} is {value}; it must be in {interval}")
 
 
 def describe(cls, types: dict, given: dict) -> str:

@@ -119,7 +119,7 @@ class Run:
 
 
 def training_step(run: Run, stamp=lambda phase: None, host_check: bool = True):
-    """Make one update, like one pass of the loop in `train.main`; dropout is not seeded.
+    """Make one update, like one pass of the loop in `train.train`; dropout is not seeded.
 
     `stamp` is called after each phase. Without `host_check` the host does not wait for the loss to
     see whether it is finite, and begins the next update while the GPU computes this one.

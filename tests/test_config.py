@@ -263,3 +263,23 @@ def test_a_folder_that_cannot_be_flushed_does_not_matter(tmp_path, monkeypatch):
     with config.atomic_write(tmp_path / "x") as file:
         file.write(b"new")
     assert (tmp_path / "x").read_bytes() == b"new"
+
+
+def test_ctrl_c_before_main_is_one_line(tmp_path):
+    """As while torch is imported."""
+    code = "import config, signal; signal.raise_signal(signal.SIGINT)"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "-c: stopped\n")
+
+
+@pytest.mark.parametrize("interval", ["[1, 3)", "(0, 2]"])
+def test_ranges(interval):
+    for value in range(-1, 5):
+        settings = Settings(n_layer=9, rate=value)
+        if value in (1, 2):
+            config.check_ranges(settings, {interval: "top_k rate"})
+            continue
+        with pytest.raises(ValueError) as error:
+            config.check_ranges(settings, {interval: "top_k rate"})
+        assert str(error.value) == f"rate is {value}; it must be in {interval}"

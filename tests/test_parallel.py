@@ -74,10 +74,7 @@ def torchrun(place, processes, *argv, options=("--standalone",), script=(ROOT / 
 
 
 def finished(place, processes, *argv, patch="", **options):
-    """(exit code, standard output, train.py's different errors) of torchrun.
-
-    Without the lines of ranks that only say that another one has ended.
-    """
+    """(exit code, standard output, train.py's errors) of torchrun."""
     if patch:
         (place / "patched_train.py").write_text(f"{PATCHED}{patch}\ntrain.run(train.main)")
         options["script"] = [place / "patched_train.py"]
@@ -85,8 +82,7 @@ def finished(place, processes, *argv, patch="", **options):
         out, err = process.communicate(timeout=120)
     print(err)  # pytest shows it where a test fails
     assert "Traceback" not in err.partition("torch/distributed/elastic")[0]
-    errors = dict.fromkeys(line for line in err.splitlines() if "train.py: " in line)
-    return process.returncode, out, [x for x in errors if "lost the other processes: " not in x]
+    return process.returncode, out, [line for line in err.splitlines() if "train.py: " in line]
 
 
 def free_port() -> int:
@@ -236,6 +232,12 @@ def test_ranks_compile_all_or_none(place, two):
         assert losses == [line for line in metrics(two) if "loss" in line][:3]
     code, out, err = finished(place, 2, *argv, "--parallel=fsdp", patch=EAGER + BACKWARD)
     assert code and "train.py: cannot compile: division by zero; use --compile false" in err[0]
+
+
+@pytest.mark.parametrize("word", ["--batch_size=none", "--dataset=none_such", "--batch_size=3"])
+def test_a_mistake_is_said_once(place, word):
+    code, _, err = finished(place, 2, *RUN, "--out_dir=failed", word)
+    assert code and len(err) == 1
 
 
 SCRIPT = ["--no-python", "bash", "-c", 'test $RANK = 1 && cd other; exec "$@"', "bash"]

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 
 import prepare
@@ -177,6 +178,28 @@ def test_outputs_that_are_closed_or_cut_short(trained, folder):
         assert (done.returncode, done.stderr) == (0, ""), shell_words
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is full")
+@pytest.mark.parametrize("words", [["prepare.py", "words.txt"], ["train.py", "--help"]])
+def test_an_output_that_cannot_be_written(dataset, shell, words):
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, str(ROOT / words[0]), *words[1:]]
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "cannot write to standard output: No space left on device" in done.stderr
+
+
+def test_a_pipe_in_which_nothing_arrives(trained):
+    argv = [sys.executable, str(ROOT / "sample.py"), "--max_new_tokens=1"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        timer = threading.Timer(60, process.kill)
+        timer.start()
+        assert "reading a prompt from standard input" in process.stderr.readline()
+        out, err = process.communicate("a")
+        timer.cancel()
+    assert process.returncode == 0 and out.startswith("a") and err == ""
+
+
 def test_a_prompt_that_is_too_long(command, trained):
     code, out, err = command("sample.py", f"--start={'a' * 20}", "--max_new_tokens=3")
     assert code == 0 and out.startswith("a" * 20)
@@ -239,6 +262,7 @@ def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
     argv = ["--max_new_tokens=1", "--num_samples=2"]
     assert command("sample.py", "--start=a", *argv)[1].endswith("-\nax\n")
     assert "'x<e7>'" in command("sample.py", "--start=a", *argv, "--top_logprobs=2")[1]
+    assert prepare.decode(None, [1, 2]) == "x<e7>x<e7>"  # as train.py shows samples
 
 
 @pytest.mark.parametrize(
@@ -248,14 +272,18 @@ def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
         (["--ckpt=words.txt"], "cannot read words.txt: it is truncated, or not a checkpoint"),
         (["--start="], "the prompt is empty"),
         (["--start=FILE:none.txt"], "cannot read none.txt"),
-        (["--num_samples=0"], "num_samples is 0; it must be at least 1"),
-        (["--max_new_tokens=-5"], "max_new_tokens is -5; it must be at least 1"),
-        (["--temperature=-1"], "temperature is -1.0; it must be at least 0"),
-        (["--top_k=0"], "top_k is 0; it must be at least 1"),
-        (["--top_p=0"], "top_p is 0.0; it must be above"),
-        (["--top_p=1.5"], "top_p is 1.5; it must be above"),
-        (["--min_p=-0.1"], "min_p is -0.1; it must be from 0 to 1"),
-        (["--top_logprobs=0"], "top_logprobs is 0; it must be at least 1"),
+        (["--num_samples=0"], "num_samples is 0; it must be in [1, 65536]"),
+        (["--max_new_tokens=-5"], "max_new_tokens is -5; it must be in [1, 1e12]"),
+        (["--temperature=-1"], "temperature is -1.0; it must be in [0, 1e9]"),
+        (["--top_k=0"], "top_k is 0; it must be in [1, 1e12]"),
+        (["--top_p=0"], "top_p is 0.0; it must be in (0, 1]"),
+        (["--top_p=1.5"], "top_p is 1.5; it must be in (0, 1]"),
+        (["--min_p=-0.1"], "min_p is -0.1; it must be in [0, 1]"),
+        (["--top_logprobs=0"], "top_logprobs is 0; it must be in [1, 1e12]"),
+        (["--score=one.txt", "--export=e"], "--score and --export exclude each other"),
+        (["--start=a", "--score=one.txt"], "--start and --score exclude each other"),
+        (["--top_logprobs=2", "--score=one.txt"], "--top_logprobs and --score exclude each"),
+        (["--export=other"], "config.json is not of a GPT: name a new folder"),
         (["--score=none.txt"], "cannot read none.txt"),
         (["--score=one.txt"], "needs at least two tokens"),
         (["--score=latin.txt"], "latin.txt is not UTF-8 text (see byte 1)"),
@@ -272,5 +300,7 @@ def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
 def test_refused(command, trained, folder, argv, message):
     (folder / "one.txt").write_text("a")
     (folder / "latin.txt").write_bytes(b"a\xe9")
+    (folder / "other").mkdir()
+    (folder / "other/config.json").write_text('{"model_type": "bert"}')
     code, out, err = command("sample.py", *argv)
     assert code == 2 and out == "" and err.count("\n") == 1 and message in err
