@@ -832,3 +832,71 @@ def test_a_share_far_from_what_was_asked_is_said(command, folder):
     assert done and all("WARNING     validation is " in out for out in done)
     code, out, _ = command("prepare.py", "d/4.txt", "--tokenizer=bytes")
     assert code == 0 and "WARNING" not in out
+
+
+@pytest.mark.parametrize("separator", ["<|endoftext|>", "----"])
+def test_separators_end_documents(command, folder, separator):
+    """Or they are counted, also where a text is cut."""
+    text = f"\n{separator}\n".join(DOCUMENTS) + f"\n{separator}\n"
+    (folder / "d.txt").write_bytes(text.encode())
+    code, out, _ = command("prepare.py", "d.txt", "--tokenizer=bytes")
+    warned = f"{len(DOCUMENTS)} <|endoftext|> are plain text; --separator '<|endoftext|>'" in out
+    assert code == 0 and warned == (separator == "<|endoftext|>")
+    for fraction in range(50, 70):  # some of them cut a separator
+        out = command("prepare.py", "d.txt", "--tokenizer=bytes", f"--val_fraction=0.{fraction}")[1]
+        assert warned == (f" {len(DOCUMENTS)} <|endoftext|> are" in out)
+    argv = ["--tokenizer=bytes", f"--separator={separator}"]
+    code, out, _ = command("prepare.py", "d.txt", *argv)
+    assert code == 0 and "WARNING" not in out and documents(folder / "data/d") == EXPECTED
+    assert "documents   60 in 1 files" in out
+
+
+def test_validation_text_of_ones_own(command, folder):
+    write_texts(folder / "d")
+    (folder / "d/0/val.txt").write_text(words(50))
+    argv = ["--tokenizer=bytes", "--dataset=v"]
+    code, out, _ = command("prepare.py", "d", "--val=d/0/val.txt", *argv)
+    assert code == 0 and "documents   60 in 61 files" in out
+    assert read(folder / "data/v", "val") == list(words(50).encode())
+    train = read(folder / "data/v", "train")
+    assert train.count(256) == 60 and len(train) == 60 + sum(len(x.encode()) for x in DOCUMENTS)
+    code, out, _ = command("prepare.py", "d/0/00.txt", "--val=d/1", *argv)
+    assert code == 0 and read(folder / "data/v", "train") == list(DOCUMENTS[0].encode())
+    assert read(folder / "data/v", "val").count(256) == 10
+
+
+NO_TEXTS = {
+    "a PDF": b"%PDF-1.4\n" + b"text " * 9,
+    "compressed: unpack it first": gzip.compress(b"text " * 9),
+    "a zip archive, such as .docx": b"PK\3\4" + b"text " * 9,
+    "NUL bytes, as binary files and UTF-16 do": "text ".encode("utf-16-le") * 9,
+    "UTF-16: convert it with iconv -f UTF-16 -t UTF-8": "text ".encode("utf-16") * 9,
+    "not UTF-8 text (see byte 0): convert it with iconv": "吾輩は".encode("cp932"),
+}
+
+
+@pytest.mark.parametrize("message", NO_TEXTS)
+def test_files_that_are_no_text(command, folder, message):
+    (folder / "a.txt").write_bytes(NO_TEXTS[message])
+    (folder / "b.txt").write_text("good")
+    for sources in (["a.txt"], ["b.txt", "a.txt"], ["b.txt", "--val=a.txt"]):
+        code, _, err = command("prepare.py", *sources, "--tokenizer=bytes")
+        assert code == 2 and "a.txt is not " in err and message in err and err.count("\n") == 1
+    with pytest.raises(config.UserError):
+        prepare.read_text("a.txt")  # a prompt, a text to score
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs /dev/null")
+def test_without_a_home(folder):
+    """The vocabulary goes into a temporary folder; a folder that is named is the only one."""
+    code = "import os, prepare; print(prepare.get_tokenizer('gpt2').n_vocab, end=' ')"
+    code += "; print(os.environ['TIKTOKEN_CACHE_DIR'])"
+    environment = {**os.environ, "HOME": "/dev/null", "TMPDIR": str(folder)}
+    environment = {k: v for k, v in environment.items() if k not in ("TIKTOKEN_CACHE_DIR",)}
+    run = [sys.executable, "-c", code]
+    options = dict(capture_output=True, text=True, cwd=ROOT)
+    found = subprocess.run(run, env=environment, **options)
+    assert (found.returncode, found.stdout.split()[-1]) == (0, str(folder / "tiktoken"))
+    environment["TIKTOKEN_CACHE_DIR"] = "/dev/null/cache"
+    found = subprocess.run(run, env=environment, **options)
+    assert "set TIKTOKEN_CACHE_DIR to a folder that can be written" in found.stderr
