@@ -208,6 +208,14 @@ def decode_bytes(tokenizer: tiktoken.Encoding, ids: list[int]) -> bytes:
     return b"".join(token_bytes(tokenizer, id) for id in ids)
 
 
+def token_sizes(tokenizer: tiktoken.Encoding) -> np.ndarray:
+    """Return the number of bytes of each token id (V,); special tokens have none."""
+    sizes = np.zeros(tokenizer.n_vocab, dtype=np.int64)
+    for token, id in tokenizer._mergeable_ranks.items():
+        sizes[id] = len(token)
+    return sizes
+
+
 def token_bytes(tokenizer: tiktoken.Encoding, id: int) -> bytes:
     """Return the bytes of one token; an id without a token gives U+FFFD in UTF-8."""
     try:

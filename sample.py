@@ -237,7 +237,7 @@ def score(name: str, saved: dict, gpt: GPT, tokenizer):
             shown = time.perf_counter()
             print(f"{first + len(x):,} of {count:,} windows", file=sys.stderr, flush=True)
     check_finite(torch.tensor(total))
-    done, size = len(ids) - 1, len(prepare.decode_bytes(tokenizer, ids[1:].tolist()))
+    done, size = len(ids) - 1, int(prepare.token_sizes(tokenizer)[ids[1:]].sum())
     loss = total / done
     print(f"tokens         {done:,}\nloss           {loss:.4f} nats per token")
     print(f"perplexity     {math.exp(min(loss, 700)):,.2f}")

@@ -33,7 +33,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import prepare
 from config import UserError, atomic_write, check_ranges, check_type, lock, parse, run, user_errors
@@ -168,12 +168,15 @@ def get_lr(step: int, config: TrainConfig) -> float:
 
 
 @torch.no_grad()
-def estimate_loss(gpt: GPT, splits: dict, config: TrainConfig, autocast, signals=()) -> dict:
+def estimate_loss(
+    gpt: GPT, splits: dict, config: TrainConfig, autocast, token_sizes=None, signals=()
+) -> dict:
     """Return the mean loss of each split over up to `eval_iters` batches, without dropout.
 
     The windows are evenly spaced and the same at every call; a small split is evaluated completely,
     each token once. Ranks share the batches; their number changes the result by rounding only.
-    Returns {} if a signal arrives.
+    With `token_sizes`, the bytes of each token id (V,), also returns the bits per byte of the same
+    targets, which can be compared between tokenizers. Returns {} if a signal arrives.
     """
     T, B, device = config.context_length, sequences_per_pass(config), gpt.lm_head.weight.device
     losses = {}
@@ -181,7 +184,7 @@ def estimate_loss(gpt: GPT, splits: dict, config: TrainConfig, autocast, signals
         windows = math.ceil((len(stream) - 1) / T)  # the last one may be short
         count = min(windows, config.eval_iters * config.batch_size)
         starts = np.arange(count) * windows // count * T
-        sums, counts = [], []  # of the batches of this rank
+        sums, counts, sizes = [], [], []  # losses, tokens and bytes of the batches of this rank
         for first in range(B * get_rank(), count + B * get_rank(), B * get_world_size()):
             if any_rank(signals):
                 return {}
@@ -192,10 +195,16 @@ def estimate_loss(gpt: GPT, splits: dict, config: TrainConfig, autocast, signals
             x, y = tokens[:, :-1], tokens[:, 1:].masked_fill(at_end, -100)  # -100: not counted
             with evaluation_mode(gpt), autocast:
                 loss = gpt(x.to(device), y.to(device))
-            counts.append(int((y >= 0).sum()) if len(mine) else 0)
-            sums.append(loss.item() * counts[-1])
-        total = math.fsum(itertools.chain(*all_gather(sums)))  # exact in any order
-        losses[name] = total / sum(itertools.chain(*all_gather(counts)))
+            counted = y[: len(mine)][y[: len(mine)] >= 0].numpy()
+            sums.append(loss.item() * len(counted))
+            counts.append(len(counted))
+            sizes.append(0 if token_sizes is None else int(token_sizes[counted].sum()))
+        total, count, size = (  # fsum is exact in any order
+            math.fsum(itertools.chain(*all_gather(x))) for x in (sums, counts, sizes)
+        )
+        losses[name] = total / count
+        if size:
+            losses[f"{name}_bits_per_byte"] = total / math.log(2) / size
     return losses
 
 
@@ -221,7 +230,7 @@ def train(config: TrainConfig, run_id: str) -> int:
     model = distribute(gpt, config, device, dtype)  # in a single process: gpt itself
     optimizers = make_optimizers(gpt, config, dtype)
     step, best_val_loss = load_state(gpt, optimizers, scaler, saved)
-    prompt = read_prompt(config, splits, meta)
+    text = read_text(config, splits, meta)
     describe(config, meta, step, device, dtype)
     train_model = compile_model(model, splits["train"], config, device, autocast)
     log = Log(config, saved, device, dtype)
@@ -234,7 +243,7 @@ def train(config: TrainConfig, run_id: str) -> int:
 
     while True:
         if evaluation_is_due(config, step, log.lines):
-            val_loss = evaluate(gpt, splits, autocast, prompt, log, step, signals)
+            val_loss = evaluate(gpt, splits, autocast, text, log, step, signals)
             if val_loss < best_val_loss:
                 best_val_loss = val_loss
                 if config.save_best and step > 0:
@@ -298,18 +307,22 @@ def evaluation_is_due(config: TrainConfig, step: int, lines: list[dict]) -> bool
     return not done and (step % config.eval_interval == 0 or step == config.max_iters)
 
 
-def evaluate(gpt: GPT, splits: dict, autocast, prompt, log, step: int, signals) -> float:
+def evaluate(gpt: GPT, splits: dict, autocast, text: "Text", log, step: int, signals) -> float:
     """Report the mean losses of both splits and a sample; return the validation loss."""
     with log.clock.timed("evaluation"):
-        losses = estimate_loss(gpt, splits, log.config, autocast, signals)
+        losses = estimate_loss(gpt, splits, log.config, autocast, text.token_sizes, signals)
     if not losses:  # a signal has stopped it
         return math.nan
     train, val = losses["train"], losses["val"]
     perplexity = math.exp(min(val, 700))  # number of equally likely tokens with the same loss
-    text = f"training loss {train:.4f}  validation loss {val:.4f}  perplexity {perplexity:,.2f}"
-    log.add(step, text, train_loss=train, val_loss=val, val_perplexity=perplexity)
+    line = f"training loss {train:.4f}  validation loss {val:.4f}  perplexity {perplexity:,.2f}"
+    values = dict(train_loss=train, val_loss=val, val_perplexity=perplexity)
+    if bits := losses.get("val_bits_per_byte"):
+        line += f"  bits per byte {bits:.4f}"
+        values["val_bits_per_byte"] = bits
+    log.add(step, line, **values)
     with log.clock.timed("samples"):
-        write_sample(gpt, prompt, log, autocast)
+        write_sample(gpt, text, log, autocast)
     if is_sharded(gpt):
         gpt.reshard()  # frees the gathered weights, as a backward pass does
     return val
@@ -391,31 +404,38 @@ def to_numbers(loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
     return torch.stack((all_reduce(loss) / get_world_size(), norm)).tolist()
 
 
-def read_prompt(config: TrainConfig, splits: dict, meta: dict) -> tuple:
-    """Return the tokenizer, in rank 0, the token ids of the prompt for samples, and <|endoftext|>.
+class Text(NamedTuple):
+    """What evaluations need to know of a dataset's tokenizer; without it, the defaults."""
 
-    The ids are [] for no samples: the prompt is empty, or the tokenizer or a token is not known.
-    """
-    tokenizer, ids, end = None, [], None
-    if config.sample_prompt != "" and get_rank() == 0:
-        try:
-            tokenizer = prepare.get_tokenizer(meta["tokenizer"])
-            prompt = config.sample_prompt or prepare.decode(tokenizer, splits["val"][:8].tolist())
-            ids, end = prepare.encode_prompt(prompt, tokenizer), tokenizer.eot_token
-            if max(ids) >= config.vocab_size:
-                raise UserError(f"{prompt!r} is outside the vocabulary")
-        except UserError as error:
-            print0(f"no samples: {error}")
-            ids = []
-    return tokenizer, *all_gather((ids, end))[0]
+    tokenizer: object = None  # a tiktoken.Encoding, in rank 0
+    token_sizes: np.ndarray | None = None  # bytes of each token id (V,)
+    prompt: list[int] = []  # token ids of the prompt for samples; no samples without
+    end: int | None = None  # the id of <|endoftext|>
 
 
-def write_sample(gpt: GPT, prompt: tuple, log: "Log", autocast):
+def read_text(config: TrainConfig, splits: dict, meta: dict) -> Text:
+    """Return the dataset's tokenizer and the prompt for samples, the same in all ranks."""
+    tokenizer, rest = None, Text()[1:]
+    try:
+        if get_rank() == 0:
+            tokenizer, prompt = prepare.get_tokenizer(meta["tokenizer"]), config.sample_prompt
+            if prompt is None:
+                prompt = prepare.decode(tokenizer, splits["val"][:8].tolist())
+            ids = prepare.encode_prompt(prompt, tokenizer) if prompt else []
+            if max(ids, default=0) >= config.vocab_size:
+                print0(f"no samples: {prompt!r} is outside the vocabulary")
+                ids = []
+            rest = prepare.token_sizes(tokenizer), ids, tokenizer.eot_token
+    except UserError as error:
+        print0(f"no samples, no bits per byte: {error}")
+    return Text(tokenizer, *all_gather(rest)[0])
+
+
+def write_sample(gpt: GPT, text: Text, log: "Log", autocast):
     """Print the prompt and its 40 likeliest next tokens, up to <|endoftext|>."""
-    tokenizer, ids, end = prompt
-    if not ids or (get_rank() > 0 and not is_sharded(gpt)):
+    if not text.prompt or (get_rank() > 0 and not is_sharded(gpt)):
         return
-    idx = torch.tensor([ids], device=log.device)
+    idx, end = torch.tensor([text.prompt], device=log.device), text.end
     if is_sharded(gpt):  # every rank runs each forward pass
         with autocast:
             idx = gpt.generate(idx, 40, temperature=0, stop_token=end, use_cache=False)
@@ -423,8 +443,8 @@ def write_sample(gpt: GPT, prompt: tuple, log: "Log", autocast):
         writer = prepack(gpt, log.dtype) if log.device.type == "cpu" else gpt  # a faster copy
         idx = writer.generate(idx, 40, temperature=0, stop_token=end)
     if get_rank() == 0:
-        text = prepare.decode(tokenizer, idx[0].tolist()).removesuffix(prepare.ENDOFTEXT)
-        print0("      " + " ".join(text.split()))
+        sample = prepare.decode(text.tokenizer, idx[0].tolist()).removesuffix(prepare.ENDOFTEXT)
+        print0("      " + " ".join(sample.split()))
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, words
 from faults import differences, metrics, result, without_clock
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -237,6 +237,7 @@ def test_a_run_learns_and_writes_what_it_promises(command, dataset, folder):
     assert set(logs[0]) == {"step", "loss", "lr", "grad_norm"}
     for line in evals:
         assert line["val_perplexity"] == pytest.approx(math.exp(line["val_loss"]))
+        assert line["val_bits_per_byte"] == pytest.approx(line["val_loss"] / math.log(2))
     assert evals[0]["val_loss"] == pytest.approx(math.log(257), abs=0.1)
     assert evals[-1]["val_loss"] < 3.0
     ckpt = load()
@@ -1038,7 +1039,7 @@ def test_training_goes_on_without_a_vocabulary(command, dataset, monkeypatch):
 
     monkeypatch.setattr(prepare, "get_tokenizer", unreachable)
     code, out, _ = command("train.py", *TINY, "--sample_prompt=a")
-    assert code == 0 and out.count("no samples: cannot get the vocabulary\n") == 1
+    assert code == 0 and out.count("no samples, no bits per byte: cannot get the vocabulary\n") == 1
 
 
 def test_a_warmup_that_never_ends_is_said(command, dataset):
@@ -1066,3 +1067,18 @@ def test_weights_that_have_diverged_replace_no_checkpoint(command, dataset, fold
     assert code == 1 and "NOT SAVED: the validation loss is not finite" in out
     assert (folder / "out/model.ckpt").read_bytes() == before
     assert command("train.py", "--init_from=resume", "--max_iters=7")[0] == 0
+
+
+def test_bits_per_byte_are_those_of_sample(command, folder):
+    """One window holds the whole split, in which <|endoftext|> counts no bytes."""
+    for number in range(30):
+        (folder / f"{number}.txt").write_text(words(20, seed=number) + "\u6f22\u5b57")
+    sources = [f"{number}.txt" for number in range(30)]
+    assert command("prepare.py", *sources, "--dataset=words", "--val_fraction=0.3")[0] == 0
+    context = prepare.load_dataset("words")[1]["val_tokens"] - 1
+    argv = [f"--context_length={context}", "--batch_size=1", "--dtype=float32"]
+    assert command("train.py", *TINY, *argv)[0] == 0
+    line = [line for line in metrics("out") if "val_loss" in line][-1]
+    out = command("sample.py", "--score=val")[1]
+    assert f"loss           {line['val_loss']:.4f} " in out
+    assert f"bits per byte  {line['val_bits_per_byte']:.4f}\n" in out
