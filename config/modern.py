@@ -1,7 +1,7 @@
 """A modern recipe: reaches GPT-2's loss with one sixth of the tokens, in small runs.
 
-    python prepare.py my.txt --tokenizer bytes --dataset modern
-    python train.py config/modern.py --n_layer 4 --n_head 4 --n_embd 128 --context_length 64
+    python prepare.py my.txt --tokenizer bytes
+    python train.py config/modern.py --dataset my
 
 The settings were chosen on the standard library's source code, with models of 1 and 10 million
 parameters; tests/README.md reports results on another text (`python tests/learning.py`). Not used,
@@ -13,6 +13,16 @@ that grows from half to twice 1.730, weights averaged over the last tenth 1.732.
 """
 
 dataset = "modern"
+
+# 10.8M parameters: half an hour on two cores with bfloat16. Larger ones, for a GPU: 12 layers, 768
+# channels, 12 heads (85M), or 24, 1,024, 16 (303M), with context_length 1,024.
+n_layer = 6
+n_head = 6
+n_embd = 384
+context_length = 256
+batch_size = 16
+max_iters = 2000
+eval_interval = 250
 
 bias = False
 tie_weights = False
