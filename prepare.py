@@ -274,8 +274,9 @@ def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
         if not path.is_file():
-            how = "" if name == "verdict" else f" FILE --dataset {name} (--help: more settings)"
-            raise UserError(f"there is no {path.as_posix()}; make it with: python prepare.py{how}")
+            how = name if name in KNOWN_TEXTS else f"FILE --dataset {name}"
+            advice = f"make it with: python prepare.py {how} (a config file's first lines say more)"
+            raise UserError(f"there is no {path.as_posix()}; {advice}")
         size = path.stat().st_size
         tokens, rest = divmod(size, np.dtype(meta["dtype"]).itemsize)
         usable = tokens and not rest and tokens == meta.setdefault(f"{split}_tokens", tokens)

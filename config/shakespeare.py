@@ -4,9 +4,9 @@
     python train.py config/shakespeare.py
     python sample.py --start "ROMEO:"
 
-nanoGPT publishes two validation losses for this text: 1.88, of 4 layers and 128 channels after 2,000
-updates of 12 x 64 characters, about three minutes on a CPU; and 1.4697, of 10.7M parameters after
-82M tokens, three minutes on an A100.
+nanoGPT publishes two validation losses for this text: 1.88, of 4 layers and 128 channels after
+2,000 updates of 12 x 64 characters, about three minutes on a CPU; and 1.4697, of 10.7M parameters
+after 82M tokens, three minutes on an A100.
 """
 
 dataset = "shakespeare"
