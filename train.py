@@ -785,11 +785,15 @@ def plot(config: TrainConfig, lines: list[dict], train_tokens: int):
     losses.set_title(title, parse_math=False)
     losses.set(ylabel="loss (nats per token)")
     rates.set(xlabel="updates", ylabel="learning rate")
-    for name, color in {"loss": "0.75", "train_loss": "C0", "val_loss": "C3"}.items():
+    for name, label, style in (
+        ("loss", "each batch", dict(color="0.75")),
+        ("train_loss", "training", dict(color="C0", marker=".")),
+        ("val_loss", "validation", dict(color="C3", marker=".")),
+    ):
         points = [(x["step"], x[name]) for x in lines if x.get(name) is not None]
-        marker, last = ("", "") if name == "loss" or not points else (".", f" {points[-1][1]:.2f}")
-        style = dict(color=color, marker=marker, label=name + last)
-        losses.plot(*zip(*points or [(0, math.nan)]), **style)
+        if points and name != "loss":
+            label += f" {points[-1][1]:.2f}"
+        losses.plot(*zip(*points or [(0, math.nan)]), label=label, **style)
     losses.legend(frameon=False)
     steps = range(max(1, lines[-1]["step"]) + 1)
     rates.plot(steps, [get_lr(step, config) for step in steps], color="C2")
