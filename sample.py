@@ -7,7 +7,7 @@
     echo "Every effort" | python sample.py
     python sample.py --score notes.txt            loss, perplexity and bits per byte of a text
     python sample.py --score val                  and of the dataset's own validation split
-    python sample.py --export folder              the weights for Hugging Face's transformers
+    python sample.py --export folder              weights, tokenizer for Hugging Face's transformers
 
 The checkpoint alone says which model and which tokenizer it needs.
 
@@ -27,8 +27,16 @@ from pathlib import Path
 from typing import Literal
 
 import prepare
-from config import UserError, check_ranges, lock, parse, run, user_errors
-from model import GPT, check_finite, choose_device, load_checkpoint, load_model, prepack
+from config import UserError, atomic_write, check_ranges, lock, parse, run, user_errors
+from model import (
+    GPT,
+    TOKENIZER_FILES,
+    check_finite,
+    choose_device,
+    load_checkpoint,
+    load_model,
+    prepack,
+)
 
 import torch
 import torch.nn.functional as F
@@ -197,8 +205,8 @@ def read_validation(saved: dict) -> torch.Tensor:
     name = saved["config"]["dataset"]
     splits, meta = prepare.load_dataset(name)
     fingerprint = f"{meta['train_fingerprint']} {meta['val_fingerprint']}"
-    found = meta["tokenizer"], fingerprint
-    if found != (saved["tokenizer"], saved.get("dataset", fingerprint)):
+    same = prepare.tokenizer_name(meta["tokenizer"]) == prepare.tokenizer_name(saved["tokenizer"])
+    if not same or saved.get("dataset", fingerprint) != fingerprint:
         raise UserError(f"data/{name} is not what the model was trained on; give a file")
     return torch.from_numpy(splits["val"].astype("int64"))
 
@@ -245,20 +253,28 @@ def score(name: str, saved: dict, gpt: GPT, tokenizer):
 
 
 def export(gpt: GPT, tokenizer: str | None, folder: str):
-    """Write weights, and gpt2's tokenizer files, for Hugging Face's transformers."""
-    lacking = f"tokenizer files: its tokenizer is {tokenizer or 'not known'}"
+    """Write weights and tokenizer files for Hugging Face's transformers."""
+    files, end, lacking = {}, None, "tokenizer files: its tokenizer is not known"
+    if tokenizer is not None:
+        try:
+            encoding = prepare.get_tokenizer(tokenizer)
+            files, end = prepare.tokenizer_files(tokenizer), encoding.eot_token
+            unnamed = gpt.config.vocab_size - encoding.n_vocab
+            lacking = f"names of the last {unnamed:,} ids" if unnamed > 0 else ""
+        except UserError as error:
+            lacking = f"tokenizer files: {error}"
     with user_errors(), lock(folder):
         config = Path(folder, "config.json")
         if config.exists() and not re.search('"model_type": "(gpt2|nanochat)"', config.read_text()):
             raise UserError(f"{config} is not of a GPT: name a new folder")
-        name = gpt.save_pretrained(folder, tokenizer)
-        if tokenizer == "gpt2":
-            try:
-                prepare.save_gpt2_tokenizer(folder)
-                unnamed = gpt.config.vocab_size - 50257
-                lacking = f"names of the last {unnamed:,} ids" if unnamed > 0 else ""
-            except UserError as error:
-                lacking = f"tokenizer files: {error}"
+        for path in sorted(Path(folder).glob("*")):
+            if path.name.startswith(TOKENIZER_FILES) and files.get(path.name) != path.read_bytes():
+                raise UserError(f"{path} may be another tokenizer's: name a new folder")
+        named = tokenizer if tokenizer in prepare.BUILT_IN else None
+        name = gpt.save_pretrained(folder, named, end)
+        for path, content in files.items():
+            with atomic_write(Path(folder, path)) as file:
+                file.write(content)
     print(f"written: {folder}, for {name}.from_pretrained")
     if lacking:
         print(f"without {lacking}")

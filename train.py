@@ -370,8 +370,9 @@ def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
         raise UserError(
             f"{config.init_from} has a tokenizer that is not known: {saved['vocabulary']}"
         )
+    wanted, tokenizer = map(prepare.tokenizer_name, (wanted, tokenizer))
     if wanted != tokenizer:
-        advice = f"prepare it with --tokenizer {wanted}"
+        advice = "prepare it with the model's tokenizer (--tokenizer NAME or FILE)"
         raise UserError(f"the model reads {wanted} tokens, {name} holds {tokenizer}: {advice}")
     if saved.get("dataset", meta["fingerprint"]) != meta["fingerprint"]:
         raise UserError(f"{name} is not what {config.out_dir}/model.ckpt was trained on")
@@ -751,7 +752,8 @@ def describe(config: TrainConfig, meta: dict, step: int, device: torch.device, d
     done = f"; going on after {step:,}" if step else ""
     shape = f"{config.n_layer} layers, {config.n_embd} channels, {config.n_head} heads"
     print0(f"data    {config.dataset}: {meta['source']}")
-    print0(f"        {train:,} tokens to train on, {val:,} to validate with ({meta['tokenizer']})")
+    tokenizer = prepare.tokenizer_name(meta["tokenizer"])
+    print0(f"        {train:,} tokens to train on, {val:,} to validate with ({tokenizer})")
     print0(f"model   {parameters:,} parameters: {shape}, context {config.context_length:,}")
     print0(f"device  {device}, matrix products in {str(dtype).removeprefix('torch.')}{ranks}")
     print0(f"memory  {memory:,.4g} MB for weights, gradients and optimizer, plus activations")

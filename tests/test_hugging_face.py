@@ -13,6 +13,8 @@ from model import GPT, GPTConfig, load_model
 
 import pytest
 import torch
+from conftest import ROOT, TINY, words
+from tiktoken.load import read_file_cached
 
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -109,7 +111,7 @@ def test_sharded_files(tmp_path):
 def test_our_models_give_our_logits_there(tmp_path, changes):
     gpt = ours(**changes)
     (tmp_path / "model.safetensors.index.json").write_text("{}")  # of an earlier, larger model
-    name = gpt.save_pretrained(tmp_path, "bytes")
+    name = gpt.save_pretrained(tmp_path, "bytes", 256)
     assert not list(tmp_path.glob("*index*"))
     cls = transformers.NanoChatForCausalLM if "rotary" in changes else transformers.GPT2LMHeadModel
     assert name == cls.__name__
@@ -132,8 +134,8 @@ def test_export_import_export_gives_the_same_files(tmp_path, changes):
     gpt.transformer.wte.weight.data.mul_(0.01)  # so close to zero that epsilons matter
     for block in gpt.transformer.h:
         block.attn.c_attn.weight.data[:48].mul_(0.003)  # queries and keys
-    gpt.save_pretrained(tmp_path / "a", "gpt2")
-    GPT.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", "gpt2")
+    gpt.save_pretrained(tmp_path / "a", "gpt2", 50256)
+    GPT.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b", "gpt2", 50256)
     names = sorted(os.listdir(tmp_path / "a"))
     assert names == sorted(os.listdir(tmp_path / "b"))
     for name in names:
@@ -152,7 +154,7 @@ def test_a_model_with_other_logits_there_is_neither_written_nor_read(tmp_path, m
 
     monkeypatch.setattr(model, "transformers_config", wrong)
     for use in (
-        lambda: ours().save_pretrained(tmp_path / "out", "gpt2"),
+        lambda: ours().save_pretrained(tmp_path / "out", "gpt2", 50256),
         lambda: load_model(tmp_path / "in"),
     ):
         with pytest.raises(ValueError, match="its logits differ from transformers' by"):
@@ -268,7 +270,7 @@ def test_nanochats_with_other_settings(tmp_path, changes, message):
 )
 def test_models_that_transformers_lacks_are_not_exported(tmp_path, changes, message):
     with pytest.raises(ValueError, match=f"not expressible {message}"):
-        ours(**changes).save_pretrained(tmp_path / "x", "gpt2")
+        ours(**changes).save_pretrained(tmp_path / "x", "gpt2", 50256)
     assert not (tmp_path / "x").exists()
 
 
@@ -298,7 +300,9 @@ def test_a_hub_name_is_downloaded(command, monkeypatch, tmp_path):
 
 def save_tokenizer(folder, kind):
     """Write GPT-2's tokenizer files, with one more token, in another order, or another class's."""
-    prepare.save_gpt2_tokenizer(folder)
+    for name, original in {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}.items():
+        (folder / name).write_bytes(read_file_cached(prepare.GPT2_URL + original))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
     if kind == "padded":
         tokenizer = transformers.GPT2Tokenizer.from_pretrained(folder)
         tokenizer.add_special_tokens({"pad_token": "[PAD]"})
@@ -315,54 +319,71 @@ def save_tokenizer(folder, kind):
 
 
 @pytest.mark.parametrize(
-    "kind, vocab_size, says",
+    "kind, vocab_size, name, says",
     [
-        ("none", 50257, "no tokenizer named: 50,257 ids are taken for GPT-2's"),
-        ("none", 65, "tokenizer is not known (65 ids without names)"),
-        ("gpt2", 50257, ""),
-        ("padded", 50258, ""),
-        ("shuffled", 50257, "tokenizer is not known (GPT2Tokenizer of 50,257 tokens)"),
-        ("bert", 21128, "tokenizer is not known (BertTokenizer of "),
+        ("none", 50257, "gpt2", "no tokenizer named: 50,257 ids are taken for GPT-2's"),
+        ("none", 65, None, "tokenizer is not known (65 ids without names)"),
+        ("gpt2", 50257, "gpt2", ""),
+        ("padded", 50304, "bpe:50258", ""),
+        ("shuffled", 50257, None, "cannot be used: its ids are not in the order of its merges"),
+        ("bert", 21128, None, "cannot be used: its model is WordPiece, not BPE"),
     ],
 )
-def test_a_tokenizer_is_taken_for_gpt2s_only_if_it_is(command, tmp_path, kind, vocab_size, says):
+def test_the_tokenizer_of_a_folder(command, tmp_path, kind, vocab_size, name, says):
+    """What can be expressed is used and exported; what cannot is never taken for GPT-2's."""
     folder = tmp_path / "in"
     theirs(folder, vocab_size=vocab_size, eos_token_id=0, bos_token_id=0)
     if kind != "none":
         save_tokenizer(folder, kind)
-    known = kind in ("gpt2", "padded") or "taken" in says
     argv = ["--max_new_tokens=2", "--start=Every effort"]
     code, out, err = command("sample.py", "--init_from=in", *argv)
-    assert (code, err.count("\n")) == (0 if known else 2, bool(says)) and says in err
-    assert out.startswith("Every effort") if known else not out
+    assert (code, err.count("\n")) == (0 if name else 2, bool(says)) and says in err
+    assert out.startswith("Every effort") if name else not out
     code, out, _ = command("sample.py", "--init_from=in", "--export=out")
-    assert code == 0 and load_model("out")[1]["tokenizer"] == ("gpt2" if known else None)
-    assert known == (tmp_path / "out" / "vocab.json").exists()
-    lacks = "without names of the last 1 ids" if kind == "padded" else "" if known else "not known"
+    assert code == 0 and bool(name) == (tmp_path / "out" / "tokenizer.json").exists()
+    lacks = "names of the last 46 ids" if kind == "padded" else "" if name else "tokenizer files: "
     assert out.count("\n") == 1 + bool(lacks) and lacks in out
-    # A folder with another tokenizer stays as it is.
+    found = load_model("out")[1]["tokenizer"]
+    assert (found and prepare.tokenizer_name(found).split()[0]) == name
+    # Its own files may be written again; other files stay as they are.
+    assert command("sample.py", "--init_from=out", "--export=out")[0] == 0
     code, _, err = command("sample.py", "--init_from=out", "--export=in")
-    assert code == (2 if kind in ("shuffled", "bert") else 0), err
+    assert code == 0 if kind == "none" else code == 2 and "name a new folder" in err
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "nanochat"])
-def test_export_on_the_command_line(command, tmp_path, monkeypatch, kind):
-    """A GPT-2 vocabulary goes with its tokenizer; training can start from the folder."""
-    name = type(theirs(tmp_path / "in", kind, vocab_size=50257)).__name__
-    code, out, _ = command("sample.py", f"--init_from={tmp_path}/in", "--export=out")
+@pytest.mark.parametrize("tokenizer", ["gpt2", "cl100k_base", "bytes", "bpe:300"])
+def test_a_tokenizer_travels_with_the_weights(command, dataset, tmp_path, tokenizer):
+    """The dataset's ids are those of AutoTokenizer; training goes on from the folder, both ways."""
+    assert command("prepare.py", "words.txt", f"--tokenizer={tokenizer}")[0] == 0
+    modern = [str(ROOT / "config/modern.py")] if tokenizer == "bpe:300" else []
+    assert command("train.py", *modern, *TINY, "--max_iters=1")[0] == 0
+    code, out, _ = command("sample.py", "--export=out")
+    name = "NanoChatForCausalLM" if modern else "GPT2LMHeadModel"
     assert (code, out) == (0, f"written: out, for {name}.from_pretrained\n")
-    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
-    assert tokenizer.encode("Every effort moves you") == [6109, 3626, 6100, 345]
-    (tmp_path / "my.txt").write_text("Every effort moves you. " * 100)
-    assert command("prepare.py", "my.txt")[0] == 0
-    argv = ["--dataset=my", "--init_from=out", "--max_iters=2", "--eval_iters=1"]
-    code, out, err = command("train.py", *argv, "--out_dir=o", "--sample_prompt=")
-    assert (code, err) == (0, "") and "2 layers, 24 channels, 3 heads, context 16" in out
+    theirs, text = transformers.AutoTokenizer.from_pretrained("out"), words(50) + prepare.SAMPLE
+    encoding = prepare.get_tokenizer(model.find_tokenizer(tmp_path / "out")[0])
+    assert theirs.encode(text) == encoding.encode_ordinary(text)
+    assert theirs.eos_token_id == theirs.bos_token_id == encoding.eot_token
+    saved = transformers.AutoConfig.from_pretrained("out")
+    assert saved.eos_token_id == saved.bos_token_id == encoding.eot_token
+    argv = ["--max_iters=1", "--eval_iters=1", "--init_from=out", "--out_dir=o"]
+    code, _, err = command("train.py", "--dataset=words", *argv)
+    assert (code, err) == (0, "")
+    # With the folder's tokenizer, and no longer with the name.
+    assert command("prepare.py", "words.txt", "--dataset=again", "--tokenizer=out")[0] == 0
+    again = (tmp_path / "data" / "again" / "train.bin").read_bytes()
+    assert again == (dataset / "train.bin").read_bytes()
+    code, _, err = command("train.py", "--dataset=again", *argv)
+    assert (code, err) == (0, "")
 
-    def refuse(folder):
+
+def test_export_without_the_vocabulary(command, tmp_path, monkeypatch):
+    theirs(tmp_path / "in", vocab_size=50257)
+
+    def refuse(name):
         raise UserError("cannot get the vocabulary of gpt2")
 
-    monkeypatch.setattr(prepare, "save_gpt2_tokenizer", refuse)
-    code, out, err = command("sample.py", "--init_from=out", "--export=out3")
+    monkeypatch.setattr(prepare, "load_encoding", refuse)
+    code, out, err = command("sample.py", "--init_from=in", "--export=out")
     assert code == 0 and "without tokenizer files: cannot get the vocabulary of gpt2" in out
-    assert load_model("out3")[1]["tokenizer"] == "gpt2"
+    assert load_model("out")[1]["tokenizer"] == "gpt2"

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -35,9 +36,10 @@ def left(folder):
     return sorted(path for path in folder.glob("**/*") if path.suffix != ".lock")
 
 
-def save(folder, splits, meta):
+def save(folder, splits, meta, vocabulary=None):
     """The first six entries of `meta` and some ids as a dataset."""
-    with prepare.save_dataset(folder, {name: meta[name] for name in list(meta)[:6]}) as files:
+    meta = {name: meta[name] for name in list(meta)[:6]}
+    with prepare.save_dataset(folder, meta, vocabulary) as files:
         for split, ids in splits.items():
             files[split].write(ids.tobytes())
 
@@ -479,12 +481,12 @@ def test_broken_records_stop_it_or_are_skipped(command, folder, monkeypatch, bro
     line, message = BROKEN[broken]
     if broken == "spaces":  # as gpt2 does with some millions
 
-        def refuse(self, text, really=prepare.tiktoken.Encoding.encode_to_numpy, **options):
+        def refuse(text, tokenizer, really=prepare.encode):
             if text.isspace():
                 raise ValueError("Regex error while tokenizing: Max stack size exceeded")
-            return really(self, text, **options)
+            return really(text, tokenizer)
 
-        monkeypatch.setattr(prepare.tiktoken.Encoding, "encode_to_numpy", refuse)
+        monkeypatch.setattr(prepare, "encode", refuse)
     write_jsonl(folder / "d.jsonl")
     lines = (folder / "d.jsonl").read_bytes().splitlines(keepends=True)
     lines[0] = "\ufeff".encode() + lines[0]  # a byte order mark and empty lines: nobody's mistake
@@ -564,6 +566,14 @@ def test_a_record_that_is_too_large_is_skipped_alone(command, folder, monkeypatc
         (["latin.txt"], "latin.txt is not UTF-8 text (see byte 4): convert it with iconv"),
         (["one.txt"], "one.txt: no text is left for train.bin; give more text"),
         (["good.txt", "--tokenizer", "gpt9"], "no tokenizer 'gpt9'; choose from: bytes, gpt2"),
+        (["good.txt", "--tokenizer=bpe:x"], "bpe:x needs a number of ids from 257 to 1,048,576"),
+        (["good.txt", "--tokenizer=bpe:256"], "bpe:256 needs a number of ids from 257"),
+        (["good.txt", "--tokenizer=bpe:9999999"], "bpe:9999999 needs a number of ids from 257"),
+        (["few.txt", "--tokenizer=bpe:300"], "bpe:300: no pair of bytes occurs twice"),
+        (["-", "--dataset=d", "--tokenizer=bpe:300"], "reads each source twice: give files"),
+        (["good.txt", "--tokenizer=few.txt"], "tokenizer.json cannot be used: Expecting value"),
+        (["good.txt", "--tokenizer=empty.txt"], "tokenizer.json cannot be used: Expecting value"),
+        (["good.txt", "--tokenizer=large"], "No such file or directory: 'large/tokenizer.json'"),
         (["good.txt", "--val_fraction", "1"], "val_fraction is 1.0; it must be in (0, 1)"),
         (["good.txt", "--val_fraction", "nan"], "val_fraction is 'nan'; it must be float"),
         (["good.txt", "--dataset", "../x"], "'../x' is not a folder name: give one with"),
@@ -595,6 +605,7 @@ def test_refused(command, folder, monkeypatch, argv, message):
         (folder / name).write_text("")
     (folder / "good.txt").write_text(words(10))
     (folder / "one.txt").write_text("x")
+    (folder / "few.txt").write_text("abcdef")
     (folder / "latin.txt").write_bytes(b"Cafs\xe9")
     (folder / "large/b.txt").write_text("a" * 2001)
     write_jsonl(folder / "large.jsonl", ["b", "a" * 2001])
@@ -615,7 +626,7 @@ def test_an_error_leaves_the_old_dataset_and_nothing_else(dataset, command, fold
     assert {path.name: path.read_bytes() for path in dataset.iterdir()} == before
 
 
-def save_until(folder, monkeypatch, splits, meta, step, killed) -> bool:
+def save_until(folder, monkeypatch, step, killed, *contents) -> bool:
     """Save a dataset, stopped at flush or rename number `step`; return whether it was stopped."""
     calls = iter(range(100))
 
@@ -632,32 +643,35 @@ def save_until(folder, monkeypatch, splits, meta, step, killed) -> bool:
         patch.setattr(os, "fsync", stopping(os.fsync))
         if killed:  # so that nothing is tidied up
             patch.setattr(prepare.Path, "unlink", lambda *args, **kwargs: None)
-        save(folder, splits, meta)
+        save(folder, *contents)
     return next(calls) > step
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_stopped_at_any_step_of_saving(dataset, monkeypatch, killed):
+@pytest.mark.parametrize("vocabularies", [(None, None), ("{1}", "{2}"), ("{1}", None)])
+def test_stopped_at_any_step_of_saving(dataset, monkeypatch, killed, vocabularies):
     """The old dataset is left, the new one, or one that is refused; never a mixture."""
     old, meta = prepare.load_dataset("words")
     old = {split: ids[:].copy() for split, ids in old.items()}
     new = {split: np.roll(ids, 1) for split, ids in old.items()}
     found = []
     for step in range(100):
-        save(dataset, old, meta)
-        if not save_until(dataset, monkeypatch, new, meta, step, killed):
+        save(dataset, old, meta, vocabularies[0])
+        if not save_until(dataset, monkeypatch, step, killed, new, meta, vocabularies[1]):
             break
         try:
-            left, _ = prepare.load_dataset("words")
+            left, says = prepare.load_dataset("words")
             [same] = [x for x in (old, new) if all(np.array_equal(left[y], x[y]) for y in x)]
             found.append("old" if same is old else "new")
+            assert says["tokenizer"] == (vocabularies[same is new] or "bytes")
         except config.UserError as error:
             assert "prepare it again" in str(error)
             found.append("refused")
         if not killed:
-            assert sorted(os.listdir(dataset)) == ["meta.json", "train.bin", "val.bin"]
-    # the first four flush three files and rename meta.json, the next six rename the others
-    assert found == ["old"] * 4 + ["refused"] * 6 + ["new"]
+            names = ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
+            assert set(os.listdir(dataset)) <= set(names) and len(os.listdir(dataset)) < 5
+    # the first four flush three files and rename meta.json, the next three each rename the others
+    assert found == ["old"] * 4 + ["refused"] * (9 if vocabularies[1] else 6) + ["new"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs named pipes")
@@ -900,3 +914,168 @@ def test_without_a_home(folder):
     environment["TIKTOKEN_CACHE_DIR"] = "/dev/null/cache"
     found = subprocess.run(run, env=environment, **options)
     assert "set TIKTOKEN_CACHE_DIR to a folder that can be written" in found.stderr
+
+
+def own(command, folder, *argv) -> str:
+    """Prepare data/own; return the text of its tokenizer.json."""
+    pytest.importorskip("tokenizers")
+    assert command("prepare.py", *argv, "--dataset=own")[::2] == (0, "")
+    return prepare.load_dataset("own")[1]["tokenizer"]
+
+
+@pytest.mark.parametrize("sources", ["one text", "documents"])
+def test_a_vocabulary_is_trained_on_the_training_split(command, folder, sources):
+    """Merges of the validation text's own words are not learnt; broken records are said once."""
+    pytest.importorskip("tokenizers")
+    train, val = "Caf\u00e9 \u732b\u732b, don't! " * 90, "zyxzyx " * 20
+    (folder / "a.txt").write_text(train + val, encoding="utf-8")
+    argv = ["a.txt", f"--val_fraction={len(val) / len(train + val) + 1e-9}"]
+    if sources == "documents":
+        write_jsonl(folder / "a.jsonl", [f"{train} {n}" for n in range(30)])
+        write_jsonl(folder / "b.jsonl", [val])
+        with open(folder / "a.jsonl", "a") as file:
+            file.write("broken\n")
+        argv = ["a.jsonl", "--val=b.jsonl", "--on_error=skip"]
+    code, out, err = command("prepare.py", *argv, "--tokenizer=bpe:300", "--dataset=own")
+    assert (code, err) == (0, "") and re.search(r"vocabulary  \d+ merges: no more of 43", out)
+    assert out.count("a.jsonl, line 31") == (sources == "documents")
+    splits, meta = prepare.load_dataset("own")
+    tokenizer = prepare.get_tokenizer(meta["tokenizer"])
+    assert tokenizer.name == f"bpe:{tokenizer.n_vocab}" and tokenizer.n_vocab == meta["vocab_size"]
+    assert (
+        tokenizer.eot_token == tokenizer.n_vocab - 1 and len(tokenizer.encode_ordinary("zyx")) == 3
+    )
+    assert len(tokenizer.encode_ordinary(" \u732b\u732b")) == 1
+    text = prepare.decode(tokenizer, splits["train"].tolist())
+    assert text.removesuffix("<|endoftext|>").startswith(train[:-9])
+    stored = json.loads((folder / "data/own/meta.json").read_text())["tokenizer"]
+    assert stored == tokenizer.name
+
+
+def test_a_tokenizer_of_another_dataset_is_noticed(command, folder):
+    (folder / "a.txt").write_text(words(3000))
+    first = own(command, folder, "a.txt", "--tokenizer=bpe:300")
+    path = folder / "data/own/tokenizer.json"
+    assert own(command, folder, "a.txt", f"--tokenizer={path}") == first == path.read_text()
+    assert own(command, folder, "a.txt", "--tokenizer=data/own", "--val_fraction=0.3") == first
+    other = own(command, folder, "a.txt", "--tokenizer=bpe:300", "--val_fraction=0.7")
+    assert prepare.tokenizer_name(first) != prepare.tokenizer_name(other)
+    assert prepare.tokenizer_name(first) == prepare.tokenizer_name(first + " ")
+    for harm in (lambda: path.write_text(first), path.unlink):
+        harm()
+        with pytest.raises(config.UserError, match="tokenizer.json is not what .*prepare it again"):
+            prepare.load_dataset("own")
+    path.write_text(first)
+    assert own(command, folder, "a.txt", "--tokenizer=bytes") == "bytes"
+    assert prepare.load_dataset("own")[1]["vocab_size"] == 257
+
+
+def edit_json(change):
+    """A damage to a tokenizer.json: `change` gets it and its model."""
+
+    def harm(text):
+        contents = json.loads(text)
+        change(contents, contents["model"])
+        return json.dumps(contents)
+
+    return harm
+
+
+def swap(contents, model):
+    """Exchange two ids."""
+    vocab, (first, *_, last) = model["vocab"], map("".join, model["merges"])
+    vocab[first], vocab[last] = vocab[last], vocab[first]
+
+
+def split_by(pattern, **changes):
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+    to_bytes["trim_offsets"] = True
+    steps = {"type": "Sequence", "pretokenizers": [split | changes, to_bytes]}
+    return edit_json(lambda contents, model: contents.update(pre_tokenizer=steps))
+
+
+OTHERS = "it does more than split and merge"
+UNUSABLE = {
+    "cut": (lambda text: text[:-99], "Expecting|Unterminated|delimiter"),
+    "list": (lambda text: "[1]", "indices"),
+    "unigram": (edit_json(lambda c, m: m.update(type="Unigram", vocab=[["a", 0]])), "is Unigram"),
+    "no model": (edit_json(lambda c, m: c.pop("model")), "it lacks 'model'"),
+    "shuffled": (edit_json(swap), "its ids are not in the order of its merges"),
+    "no byte": (edit_json(lambda c, m: m["vocab"].pop("!")), "its tokens are not made of bytes"),
+    "a word": (edit_json(lambda c, m: m["vocab"].update({"\u732b": 999})), "not made of bytes"),
+    "same id": (edit_json(lambda c, m: m["vocab"].update({"#": 0})), "it has an id twice"),
+    "no end": (edit_json(lambda c, m: c["added_tokens"][0].update(content="<s>")), "no special"),
+    "a lost merge": (edit_json(lambda c, m: m["merges"].pop()), OTHERS),
+    "normalizer": (edit_json(lambda c, m: c.update(normalizer={"type": "Lowercase"})), OTHERS),
+    "dropout": (edit_json(lambda c, m: m.update(dropout=0.9)), OTHERS),
+    "space": (edit_json(lambda c, m: c["pre_tokenizer"].update(add_prefix_space=True)), OTHERS),
+    "repeated": (split_by(r"\p{N}{1,3}+|\D+"), OTHERS),
+    "removed": (split_by(r"\S+|\s+", behavior="Removed"), OTHERS),
+    "gaps": (split_by(r"\w+"), "does not match every character"),
+    "no pattern": (split_by(r"(\w+"), "regex|Regex|paren"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_a_tokenizer_that_tiktoken_cannot_express(command, folder, kind):
+    harm, message = UNUSABLE[kind]
+    (folder / "a.txt").write_text("the cat, 12345678 cats " * 99)
+    text = own(command, folder, "a.txt", "--tokenizer=bpe:290")
+    (folder / "bad.json").write_text(harm(text))
+    code, _, err = command("prepare.py", "a.txt", "--dataset=b", "--tokenizer=bad.json")
+    assert (
+        code == 2 and err.count("\n") == 1 and re.search(f"cannot be used: .*({message})", err)
+    ), err
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|bos|>"])
+def test_tokenizers_of_other_kinds_that_can_be_expressed(command, folder, end):
+    """Merges as text, special tokens first, another end and pattern, a maximum length."""
+    (folder / "a.txt").write_text("the cat, 12345678 cats " * 99)
+    contents = json.loads(own(command, folder, "a.txt", "--tokenizer=bpe:280"))
+    model = contents["model"]
+    model["merges"] = [" ".join(pair) for pair in model["merges"]]
+    model["vocab"] = {end: 0} | {token: id + 1 for token, id in model["vocab"].items()}
+    contents["added_tokens"][0] |= {"content": end, "id": 0}
+    contents["truncation"] = dict(
+        max_length=5, strategy="LongestFirst", stride=0, direction="Right"
+    )
+    text = split_by(r"[^\s\d]+|\d{1,3}|\s+")(json.dumps(contents))
+    (folder / "t.json").write_text(text)
+    assert own(command, folder, "a.txt", "--tokenizer=t.json") == text
+    tokenizer = prepare.get_tokenizer(text)
+    assert tokenizer.eot_token == 0 and prepare.encode_prompt("<|endoftext|>", tokenizer) == [0]
+    assert len(tokenizer.encode_ordinary("12345678")) > 2
+
+
+def test_without_tokenizers_a_vocabulary_is_used_but_not_made(command, folder, monkeypatch):
+    (folder / "a.txt").write_text(words(3000))
+    text = own(command, folder, "a.txt", "--tokenizer=bpe:300")
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    prepare.from_json.cache_clear()
+    assert prepare.get_tokenizer(text).n_vocab == 300
+    for source in ("bpe:300", "data/own"):
+        code, _, err = command("prepare.py", "a.txt", f"--tokenizer={source}")
+        assert code == 2 and "pip install tokenizers" in err and err.count("\n") == 1
+
+
+@FOLDER
+@given(st.text())
+@example(prepare.SAMPLE)
+@example("12345 \r\n\r\n\t x'S   ")
+def test_any_text_has_the_ids_of_tokenizers(command, folder, text):
+    if not (folder / "a.txt").exists():
+        (folder / "a.txt").write_text(prepare.SAMPLE * 20, encoding="utf-8")
+        own(command, folder, "a.txt", "--tokenizer=bpe:400")
+    for name in (prepare.load_dataset("own")[1]["tokenizer"], "bytes"):
+        ids = prepare.get_tokenizer(name).encode_ordinary(text)
+        theirs = sys.modules["tokenizers"].Tokenizer.from_str(
+            prepare.tokenizer_files(name)["tokenizer.json"].decode()
+        )
+        assert theirs.encode(text, add_special_tokens=False).ids == ids

@@ -1,6 +1,7 @@
 import math
 import os
 import platform
+import re
 import shlex
 import signal
 import subprocess
@@ -643,6 +644,30 @@ def test_weights_that_read_other_tokens_are_refused(command, dataset, folder):
     for argv in (["--init_from=a/model.ckpt"], ["--init_from=resume", "--out_dir=a"]):
         code, _, err = command("train.py", *TINY, "--dataset=gpt2", *argv)
         assert code == 2 and "the model reads bytes tokens, data/gpt2 holds gpt2" in err
+
+
+def test_an_own_vocabulary_is_in_the_checkpoint(command, dataset, folder):
+    """So it is known without the dataset; another one of the same name is refused."""
+    (folder / "other.txt").write_text(words(3000).replace("e", "u"))
+    for name in ("words", "other"):
+        argv = [f"{name}.txt", f"--dataset={name}", "--tokenizer=bpe:290"]
+        assert command("prepare.py", *argv)[0] == 0
+    code, out, _ = command("train.py", *TINY)
+    assert code == 0 and re.search(r"to validate with \(bpe:290 \(\w{16}\)\)", out)
+    assert load()["tokenizer"] == (dataset / "tokenizer.json").read_text()
+    assert command("train.py", "--init_from=resume", "--max_iters=7")[::2] == (0, "")
+    code, _, err = command("sample.py", "--score=val")
+    assert (code, err) == (0, "")
+    argv = [*TINY, "--dataset=other", "--init_from=out/model.ckpt", "--out_dir=b"]
+    code, _, err = command("train.py", *argv)
+    assert code == 2 and err.count("\n") == 1 and len(err) < 300
+    assert re.search(
+        r"reads bpe:290 \(\w+\) tokens, data/other holds bpe:290 \(\w+\): prepare", err
+    )
+    assert command("prepare.py", "other.txt", "--tokenizer=data/words")[0] == 0
+    assert command("train.py", *argv)[::2] == (0, "")
+    (dataset / "meta.json").unlink()
+    assert command("sample.py", "--start=the", "--ckpt=b", "--max_new_tokens=3")[::2] == (0, "")
 
 
 def test_weights_bring_their_shape_and_may_see_less(command, dataset):
