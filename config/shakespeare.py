@@ -29,9 +29,9 @@ warmup_iters = 0
 cooldown_fraction = 0.5
 min_lr = 0.0
 
-# 4.85M parameters see 8.2M tokens in 8 epochs, so that regularization decides. Chosen on the training
-# text alone, its last tenth held out, with a quarter of the parameters and of the text (validation
-# loss 1.741): dropout 0 1.814, 0.2 1.797; weight_decay 0 1.751, 0.3 1.769; twice the batch in half
+# 4.85M parameters see 8.2M tokens in 8 epochs, so that regularization decides. Chosen on the
+# training text alone, its last tenth held out, with a quarter of the parameters and of the text
+# (loss 1.741): dropout 0 1.814, 0.2 1.797; weight_decay 0 1.751, 0.3 1.769; twice the batch in half
 # the updates 1.769; cooldown_fraction 1 1.749; an average of the weights 1.741.
 n_layer = 6
 n_head = 4
