@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import config  # noqa: E402  (before torch: it sets environment variables)
+import model  # noqa: E402
 import prepare  # noqa: E402
 import train  # noqa: E402
 
@@ -39,6 +40,7 @@ MODERN = str(ROOT / "config/modern.py")
 # baseline's.
 SIZES = {
     "1M": dict(n_layer=4, n_head=4, n_embd=128, context_length=64, batch_size=12, max_iters=2000),
+    "5M": dict(n_layer=6, n_head=4, n_embd=256, context_length=128, batch_size=16, max_iters=200),
     "10M": dict(n_layer=6, n_head=6, n_embd=384, context_length=128, batch_size=12, max_iters=200),
     "30M": dict(n_layer=8, n_head=9, n_embd=576, context_length=128, batch_size=12, max_iters=100),
 }
@@ -61,8 +63,8 @@ ABLATION = {
 }
 
 
-def open_text(text: str, tokenizer: str = "bytes") -> dict:
-    """Return the training and validation tokens of a text: topics, stdlib, or a file."""
+def open_text(text: str, tokenizer: str = "bytes") -> tuple[dict, dict]:
+    """Return the tokens of a text's splits, and meta.json. A text is topics, stdlib, or a file."""
     with tempfile.TemporaryDirectory() as folder:
         paths = [os.path.abspath(text)]
         if text == "stdlib":
@@ -78,8 +80,7 @@ def open_text(text: str, tokenizer: str = "bytes") -> dict:
         try:
             prepare.main([*map(str, paths), "--dataset=text", f"--tokenizer={tokenizer}"])
             splits, meta = prepare.load_dataset("text")
-            SHARED.append(f"--vocab_size={meta['vocab_size']}")
-            return {name: ids[:].copy() for name, ids in splits.items()}
+            return {name: ids[:].copy() for name, ids in splits.items()}, meta
         finally:
             os.chdir(before)
 
@@ -93,8 +94,8 @@ def settings(size: str, argv: list[str], share: float = 1.0) -> train.TrainConfi
     return config.parse(train.TrainConfig, [*words, *SHARED, *argv])
 
 
-def learn(config: train.TrainConfig, splits: dict) -> tuple[int, float, float]:
-    """Train; return the number of updates, seconds of training, and the validation loss."""
+def learn(config: train.TrainConfig, splits: dict, token_sizes=None) -> tuple[int, float, ...]:
+    """Train; return updates, seconds of training, validation loss, and perhaps bits per byte."""
     run = Run(config, splits["train"])
     one_thread = run.device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if one_thread else time.perf_counter
@@ -103,8 +104,8 @@ def learn(config: train.TrainConfig, splits: dict) -> tuple[int, float, float]:
         training_step(run)
     seconds = clock() - started
     val = {"val": splits["val"]}
-    losses = train.estimate_loss(run.gpt, val, config, run.autocast)
-    return config.max_iters, seconds, losses["val"]
+    losses = train.estimate_loss(run.gpt, val, config, run.autocast, token_sizes)
+    return config.max_iters, seconds, *losses.values()
 
 
 def compare(size: str, splits: dict, seeds: list[int], shares: list[float], brief: bool):
@@ -175,6 +176,28 @@ def ablate(size: str, splits: dict, seeds: list[int], share: float, names: list[
         print(f"{'without ' + name:34} loss {loss:.4f}   {more:+.0%} updates", flush=True)
 
 
+def compare_tokenizers(text: str, size: str, seconds: float, tokenizers: list[str]):
+    """Print what the recipe reaches in `seconds` of training with each tokenizer."""
+    print(f"{text}, {size}, {seconds:.0f} s of training with each tokenizer")
+    print("tokenizer     ids  parameters  of which ids  bytes/token  updates   bits per byte")
+    for name in tokenizers:
+        splits, meta = open_text(text, name)
+        SHARED[:] = [f"--vocab_size={meta['vocab_size']}", "--dropout=0.1", "--eval_iters=100000"]
+        pace = learn(
+            settings(size, [MODERN, "--max_iters=10"]), {**splits, "val": splits["val"][:500]}
+        )
+        config = settings(size, [MODERN, f"--max_iters={round(10 * seconds / pace[1])}"])
+        sizes = prepare.token_sizes(prepare.get_tokenizer(meta["tokenizer"]))
+        updates, _, _, bits = learn(config, splits, sizes)
+        parameters, table = model.count_parameters(config)[0], 2 * config.vocab_size * config.n_embd
+        per_token = meta["train_bytes"] / meta["train_tokens"]
+        print(
+            f"{name:10} {meta['vocab_size']:6,} {parameters:11,} {table / parameters:13.0%} "
+            f"{per_token:12.2f} {updates:8,} {bits:15.3f}",
+            flush=True,
+        )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", nargs="?", default="topics", help="topics, stdlib or a file")
@@ -187,10 +210,15 @@ def main():
     )
     parser.add_argument("--brief", action="store_true", help="no run as long as the baseline's")
     parser.add_argument("--ablation", nargs="*", choices=ABLATION, help="leave out each ingredient")
+    parser.add_argument("--tokenizers", nargs="+", help="compare them, in as many --seconds")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of each run [60]")
     args = parser.parse_args()
+    if args.tokenizers:
+        return compare_tokenizers(args.text, args.size, args.seconds, args.tokenizers)
     if args.updates:
         SIZES[args.size]["max_iters"] = args.updates
-    splits = open_text(args.text, args.tokenizer)
+    splits, meta = open_text(args.text, args.tokenizer)
+    SHARED.append(f"--vocab_size={meta['vocab_size']}")
     seeds = list(range(1, args.seeds + 1))
     if args.ablation is not None:
         names = args.ablation or ABLATION
