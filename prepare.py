@@ -139,8 +139,8 @@ def encode_files(
             return UserError(f"{record.where}: {error}")
         return record.ends, split, text, np.append(ids, tokenizer.eot_token) if record.ends else ids
 
-    # The first thread that uses a regular expression of tiktoken's owns its cache, and each use by
-    # the owner slows down all others. The main thread becomes the owner, and uses it rarely.
+    # The cache of tiktoken's regular expression belongs to the first thread that uses it, and its
+    # uses slow down all other threads: let it be the main thread, which uses it rarely.
     encode("It's 1 word,\n  and more! ", tokenizer)
     total = sum(os.path.getsize(path) for path in files if os.path.isfile(path))
     records = show_progress(read_files(files, config, tokenizer, counts), total)
@@ -184,16 +184,19 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 def encode(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """Return the token ids (N,) of a text, in which special tokens are plain text."""
+    """Return the token ids (N,) of a text, in which special tokens are plain text.
+
+    Raises UserError if the tokenizer's pattern does not match every character.
+    """
     if tokenizer.name == "bytes":  # without tiktoken, a hundred times as fast
         return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
-    return np.concatenate(
-        [
-            # Unlike `encode_ordinary`, this builds no list of ids, which would block other threads.
-            tokenizer.encode_to_numpy(piece, disallowed_special=())
-            for piece in cut_text([text], tokenizer)
-        ]
-    )
+    pieces = cut_text([text], tokenizer)
+    # Unlike `encode_ordinary`, this builds no list of ids, which would block other threads.
+    ids = [tokenizer.encode_to_numpy(piece, disallowed_special=()) for piece in pieces]
+    ids = np.concatenate(ids)
+    if token_sizes(tokenizer)[ids].sum() != len(text.encode()):
+        raise UserError("the tokenizer's pattern does not match every character")
+    return ids
 
 
 def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding) -> list[int]:
@@ -223,9 +226,10 @@ def decode_bytes(tokenizer: tiktoken.Encoding, ids: list[int]) -> bytes:
     return b"".join(token_bytes(tokenizer, id) for id in ids)
 
 
-def token_sizes(tokenizer: tiktoken.Encoding) -> np.ndarray:
-    """Return the number of bytes of each token id (V,); special tokens have none."""
-    sizes = np.zeros(tokenizer.n_vocab, dtype=np.int64)
+@functools.lru_cache(maxsize=4)
+def token_sizes(tokenizer: tiktoken.Encoding, vocab_size: int = 0) -> np.ndarray:
+    """Return the bytes of each id (V,) of a tokenizer or model; special tokens have none."""
+    sizes = np.zeros(max(vocab_size, tokenizer.n_vocab), dtype=np.int64)
     for token, id in tokenizer._mergeable_ranks.items():
         sizes[id] = len(token)
     return sizes
@@ -338,6 +342,8 @@ def read_meta(folder: Path) -> dict:
     try:
         if path.exists():
             meta = {**meta, **json.loads(path.read_text(encoding="utf-8"))}
+        if type(meta["tokenizer"]) is not str:
+            raise ValueError(f"tokenizer is {meta['tokenizer']!r}")
         if meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"dtype is {meta['dtype']}")
         for key in ("vocab_size", "train_tokens", "val_tokens"):
@@ -421,7 +427,7 @@ class Record(NamedTuple):
 
     where: str  # the file, and the line or row
     content: bytes | str | UserError
-    field: str | None  # of the JSON in `content`, which holds the text
+    decode: Callable[[bytes], str] | None  # from the bytes to the text
     split: str | None  # None: a hash of the text decides
     ends: bool = True  # whether <|endoftext|> follows
 
@@ -433,13 +439,9 @@ class Record(NamedTuple):
             return self.content
         if len(self.content) > LARGEST_DOCUMENT:
             raise UserError(f"{self.where}: larger than {LARGEST_DOCUMENT:,} bytes")
-        if self.field is None:
-            return to_text(self.content, self.where)
-        found = json.loads(self.content)
-        text = found.get(self.field) if isinstance(found, dict) else None
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"no text in a field {self.field!r}; see --field")
-        return text
+        if text := self.decode(self.content):
+            return text
+        raise UserError(f"{self.where} is empty")
 
 
 def file_format(path: str) -> str:
@@ -563,13 +565,12 @@ def read_files(
     is the only file of its split is one text, read in pieces.
     """
     readers = {"text": read_texts, "jsonl": read_jsonl, "parquet": read_parquet}
-    before = 0  # bytes of the files before this one
+    before, files_of = 0, Counter(files.values())  # bytes of the files before; files of each split
     for path, split in files.items():
         name, where, done = file_format(path), path, before
-        alone = list(files.values()).count(split) == 1
         try:
             with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
-                if name == "text" and alone and not config.separator:
+                if name == "text" and files_of[split] == 1 and not config.separator:
                     records = read_single(file, path, split, config, tokenizer, counts)
                 else:
                     records = (Record(*x, split) for x in readers[name](file, path, config))
@@ -614,12 +615,12 @@ def read_single(
 
 
 def read_texts(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tuple]:
-    """Yield (file, bytes, None) for a text file, or for each of its documents with --separator.
+    """Yield (file, bytes, decoder) for a text file, or for each of its documents with --separator.
 
     Of a document larger than LARGEST_DOCUMENT only a part, for `Record.text` to refuse.
     """
     if not config.separator:
-        yield path, file.read(LARGEST_DOCUMENT + 1), None
+        yield path, file.read(LARGEST_DOCUMENT + 1), functools.partial(to_text, where=path)
         return
     separator, rest, number, block = config.separator.encode(), b"", 0, b" "
     while block:
@@ -629,11 +630,11 @@ def read_texts(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tup
         for document in documents if block else [*documents, rest]:
             number += 1
             if document := document.strip(b"\r\n"):
-                yield f"{path}, document {number:,}", document, None
+                yield f"{path}, document {number:,}", document, bytes.decode
 
 
 def read_jsonl(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tuple]:
-    """Yield (file and line, bytes, field) for each line that is not blank.
+    """Yield (file and line, bytes, decoder) for each line that is not blank.
 
     Of a line larger than LARGEST_DOCUMENT only the beginning, for `Record.text` to refuse.
     """
@@ -644,11 +645,24 @@ def read_jsonl(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tup
         while len(rest) > LARGEST_DOCUMENT and not rest.endswith(b"\n"):
             rest = unzipped.readline(LARGEST_DOCUMENT + 1)
         if not line.isspace():
-            yield f"{path}, line {number:,}", line, config.field
+            yield (
+                f"{path}, line {number:,}",
+                line,
+                functools.partial(take_field, field=config.field),
+            )
+
+
+def take_field(line: bytes, field: str) -> str:
+    """Return the text in a field of a line of JSON. Raises ValueError if there is none."""
+    found = json.loads(line)
+    text = found.get(field) if isinstance(found, dict) else None
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"no text in a field {field!r}; see --field")
+    return text
 
 
 def read_parquet(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tuple]:
-    """Yield (file and row, bytes, None) for each row."""
+    """Yield (file and row, bytes, decoder) for each row."""
     from pyarrow import parquet
 
     field, table = config.field, parquet.ParquetFile(file, buffer_size=BATCH_SIZE)
@@ -657,7 +671,7 @@ def read_parquet(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[t
     batches = table.iter_batches(64, columns=[field], use_threads=False)
     rows = (raw for batch in batches for raw in batch.column(field).cast("binary").to_pylist())
     for number, raw in enumerate(rows, 1):
-        yield f"{path}, row {number:,}", raw or b"", None
+        yield f"{path}, row {number:,}", raw or b"", bytes.decode
 
 
 WINDOW = 2048  # characters in which a place for a cut is looked for
@@ -680,13 +694,15 @@ def find_cut(text: str, tokenizer: tiktoken.Encoding) -> int:
     """Return a place in a text where it can be cut without changing its ids; 0 if none is found.
 
     tiktoken merges bytes within words, which a regular expression finds, one after the other. Where
-    words end depends on where the search begins; but soon all searches meet. In a window, searches
-    begin at each of the first characters. A place where all have met is the end of a word, wherever
-    the words before the window end. Eight words later is the cut, if the tokenizer gives the same
-    ids with and without it.
+    words end depends on where the search begins, but with the patterns of tiktoken's encodings all
+    searches soon meet. In a window, searches begin at each of the first characters. A place where
+    all have met is the end of a word, wherever the words before the window end. Eight words later
+    is the cut, if the tokenizer gives the same ids with and without it. With another pattern the
+    only search begins with the text, which begins a word.
     """
-    pattern = regex.compile(tokenizer._pat_str)
-    for start in range(len(text) - WINDOW, len(text) // 2, -WINDOW):
+    pattern, known = regex.compile(tokenizer._pat_str), tokenizer.name in BUILT_IN
+    known = known or tokenizer._pat_str == r50k_pat_str
+    for start in range(len(text) - WINDOW, len(text) // 2 if known else len(text), -WINDOW):
         window = text[start : start + WINDOW]
         searches, ends = set(range(WINDOW // 8)), []  # places; ends of words
         for place in range(WINDOW):
@@ -700,7 +716,7 @@ def find_cut(text: str, tokenizer: tiktoken.Encoding) -> int:
             searches.add(pattern.match(window, place).end())
             if WINDOW in searches:  # what follows the window may change where this word ends
                 break
-    # Searches may not meet, as in digits that are read by threes; but the text begins a word.
+    # Searches may not meet, as in digits that are read by threes.
     ends = [found.end() for found in pattern.finditer(text, 0, len(text) - WINDOW)]
     if len(ends) > 8 and same_ids(text[: ends[-8]], text[ends[-8] :], tokenizer):
         return ends[-8]
@@ -708,9 +724,8 @@ def find_cut(text: str, tokenizer: tiktoken.Encoding) -> int:
     ids = tokenizer.encode_ordinary(text)
     for count in range(len(ids) - 500, max(0, len(ids) - 600), -1):
         cut = len(tokenizer.decode(ids[:count], errors="ignore"))
-        if tokenizer.encode_ordinary(text[:cut]) == ids[:count]:
-            if tokenizer.encode_ordinary(text[cut:]) == ids[count:]:
-                return cut
+        if same_ids(text[:cut], text[cut:], tokenizer):
+            return cut
     return 0
 
 
@@ -811,12 +826,7 @@ def own_vocabulary(files: dict[str, str | None], config: PrepareConfig) -> str |
     if trained:
         return train_tokenizer(files, config)
     path = Path(name, "tokenizer.json") if os.path.isdir(name) else Path(name)
-    if path.exists() or not path.with_name("merges.txt").exists():
-        return path.read_text(encoding="utf-8-sig").strip()
-    need("transformers", "folders without tokenizer.json")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name).backend_tokenizer.to_str()
+    return path.read_text(encoding="utf-8-sig").strip()
 
 
 def train_tokenizer(files: dict[str, str | None], config: PrepareConfig) -> str:
@@ -863,7 +873,9 @@ def new_tokenizer(pattern: str, **vocabulary):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=whole)
     if not whole:
         # tokenizers takes {1,3}+ for a repetition; not possessive, it splits alike here.
-        split = pre_tokenizers.Split(Regex(pattern.replace("}+", "}")), "isolated")
+        split = pre_tokenizers.Split(
+            Regex(regex.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)), "isolated"
+        )
         bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bpe.pre_tokenizer])
     return bpe
 
@@ -888,7 +900,7 @@ def from_json(text: str) -> tiktoken.Encoding:
         patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
         problems = {
             "its tokens are not made of bytes": not set("".join(vocab)) <= set(BYTES) <= set(vocab),
-            "it has an id twice": len(set(ids)) < len(ids),
+            "it has an id twice, or above 1,048,575": len(set(ids) & set(range(2**20))) < len(ids),
             "its ids are not in the order of its merges": merged != sorted(merged),
             f"it has no special token {' or '.join(END_TOKENS)}": not ends,
         }

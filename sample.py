@@ -33,6 +33,7 @@ from model import (
     TOKENIZER_FILES,
     check_finite,
     choose_device,
+    import_transformers,
     load_checkpoint,
     load_model,
     prepack,
@@ -84,16 +85,16 @@ def main(argv: list[str]):
         name = config.init_from
         gpt, saved = load_model(name) if name else load_checkpoint(config.ckpt)
     saved.pop("optimizer", None)  # releases its memory
-    if config.export:
+    if config.export is not None:
         return export(gpt, saved["tokenizer"], config.export)
     if saved["tokenizer"] is None:
         reason = f"the model's tokenizer is not known ({saved.get('vocabulary')})"
         raise UserError(f"no text in or out: {reason}")
-    if config.score and config.dtype == "auto":
+    if config.score is not None and config.dtype == "auto":
         dtype = torch.float32  # a loss with all its digits
     gpt = prepack(gpt.to(device, dtype))
     tokenizer = prepare.get_tokenizer(saved["tokenizer"])
-    if config.score:
+    if config.score is not None:
         score(config.score, saved, gpt, tokenizer)
     elif config.start is None and sys.stdin and sys.stdin.isatty():
         print("Type a prompt; an empty line ends, Ctrl-C ends a text early.")
@@ -245,7 +246,7 @@ def score(name: str, saved: dict, gpt: GPT, tokenizer):
             shown = time.perf_counter()
             print(f"{first + len(x):,} of {count:,} windows", file=sys.stderr, flush=True)
     check_finite(torch.tensor(total))
-    done, size = len(ids) - 1, int(prepare.token_sizes(tokenizer)[ids[1:]].sum())
+    done, size = len(ids) - 1, int(prepare.token_sizes(tokenizer, V)[ids[1:]].sum())
     loss = total / done
     print(f"tokens         {done:,}\nloss           {loss:.4f} nats per token")
     print(f"perplexity     {math.exp(min(loss, 700)):,.2f}")
@@ -255,6 +256,8 @@ def score(name: str, saved: dict, gpt: GPT, tokenizer):
 def export(gpt: GPT, tokenizer: str | None, folder: str):
     """Write weights and tokenizer files for Hugging Face's transformers."""
     files, end, lacking = {}, None, "tokenizer files: its tokenizer is not known"
+    with user_errors():
+        import_transformers(folder)
     if tokenizer is not None:
         try:
             encoding = prepare.get_tokenizer(tokenizer)

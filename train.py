@@ -214,7 +214,7 @@ def estimate_loss(
 def main(argv: list[str]):
     with process_group() as run_id:
         config = parse(TrainConfig, argv)
-        with lock(config.out_dir) if get_rank() == 0 else contextlib.nullcontext():
+        with open_out_dir(config.out_dir) if get_rank() == 0 else contextlib.nullcontext():
             exit_code = train(config, run_id)
     leave(exit_code)
 
@@ -406,7 +406,7 @@ def to_numbers(loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
 
 
 class Text(NamedTuple):
-    """What evaluations need to know of a dataset's tokenizer; without it, the defaults."""
+    """A dataset's tokenizer, for evaluations; the defaults if it is not known."""
 
     tokenizer: object = None  # a tiktoken.Encoding, in rank 0
     token_sizes: np.ndarray | None = None  # bytes of each token id (V,)
@@ -420,13 +420,14 @@ def read_text(config: TrainConfig, splits: dict, meta: dict) -> Text:
     try:
         if get_rank() == 0:
             tokenizer, prompt = prepare.get_tokenizer(meta["tokenizer"]), config.sample_prompt
-            if prompt is None:
-                prompt = prepare.decode(tokenizer, splits["val"][:8].tolist())
-            ids = prepare.encode_prompt(prompt, tokenizer) if prompt else []
+            ids = splits["val"][:8].tolist() if prompt is None else []
+            if prompt:
+                ids = prepare.encode_prompt(prompt, tokenizer)
             if max(ids, default=0) >= config.vocab_size:
                 print0(f"no samples: {prompt!r} is outside the vocabulary")
                 ids = []
-            rest = prepare.token_sizes(tokenizer), ids, tokenizer.eot_token
+            sizes = prepare.token_sizes(tokenizer, config.vocab_size)
+            rest = sizes, ids, tokenizer.eot_token
     except UserError as error:
         print0(f"no samples, no bits per byte: {error}")
     return Text(tokenizer, *all_gather(rest)[0])
@@ -666,9 +667,6 @@ class Log:
         self.seconds_before = self.lines[-1]["seconds"] if self.lines else 0.0
         self.waiting = not self.first_step  # a new run writes no file before its first update
         self.complete = False  # whether metrics.jsonl has all lines
-        with user_errors():
-            os.makedirs(config.out_dir, exist_ok=True)
-            tempfile.TemporaryFile(dir=config.out_dir).close()  # fails now, not after hours
         use_wandb = config.wandb and get_rank() == 0
         self.wandb = start_wandb(config, saved.get("wandb")) if use_wandb else None
 
@@ -1029,6 +1027,17 @@ def process_group():
         raise error from error.__cause__
     all_gather(None)  # torchrun ends all ranks at the first one's exit code
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def open_out_dir(folder: str):
+    """Make the folder and hold its lock. Raises UserError if no file can be written there."""
+    with contextlib.ExitStack() as stack:
+        with user_errors():
+            stack.enter_context(lock(folder))
+            os.makedirs(folder, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()  # fails now, not after hours
+        yield
 
 
 def leave(exit_code: int):

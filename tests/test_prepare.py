@@ -534,7 +534,7 @@ def test_parquet_that_is_not_text(command, folder):
     assert code == 2 and "d.parquet, row 3 is empty" in err
     write_parquet(folder / "d.parquet", [b"good", b"b\xffd"], kind="binary")
     code, _, err = command("prepare.py", "d.parquet", "--tokenizer=bytes")
-    assert code == 2 and "d.parquet, row 2 is not UTF-8 text (see byte 1)" in err
+    assert code == 2 and "d.parquet, row 2: 'utf-8' codec can't decode byte 0xff" in err
     for field in ("id", "body"):
         code, _, err = command("prepare.py", "d.parquet", "--tokenizer=bytes", "--field", field)
         assert code == 2 and "d.parquet: cannot read further: " in err and err.count("\n") == 1
@@ -1079,3 +1079,29 @@ def test_any_text_has_the_ids_of_tokenizers(command, folder, text):
             prepare.tokenizer_files(name)["tokenizer.json"].decode()
         )
         assert theirs.encode(text, add_special_tokens=False).ids == ids
+
+
+def with_pattern(pattern):
+    """A vocabulary of bytes whose words are found by a pattern of its own."""
+    vocab = {character: id for id, character in enumerate(prepare.BYTES)} | {"ab": 256}
+    tokenizer = prepare.new_tokenizer(pattern, vocab=vocab, merges=[("a", "b")])
+    tokenizer.add_special_tokens([prepare.ENDOFTEXT])
+    return tokenizer.to_str()
+
+
+def test_patterns_of_ones_own(command, folder):
+    """A word may be longer than a window; a character may be in no word."""
+    pytest.importorskip("tokenizers")
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b". ": 256, b'" ': 257, b"ab": 258}
+    options = dict(mergeable_ranks=ranks, special_tokens={prepare.ENDOFTEXT: 259})
+    quotes = prepare.tiktoken.Encoding("own", pat_str=r'"[^"]*"|[^\s"]+|\s+|"', **options)
+    text = "".join(f'"ab. {n} ab. " ab. ' for n in range(4000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "BATCH_SIZE", 6000)
+        assert prepare.encode(text, quotes).tolist() == quotes.encode_ordinary(text)
+    (folder / "own.json").write_text(
+        with_pattern(r"\p{L}+|\p{M}+|\p{N}+|\p{P}+|\s+|[\p{Sm}\p{So}\p{Sk}$\p{C}]+")
+    )
+    (folder / "a.txt").write_text("costs 5\u20ac or \u00a34 " * 900)
+    code, _, err = command("prepare.py", "a.txt", "--tokenizer=own.json")
+    assert code == 2 and "does not match every character" in err and err.count("\n") == 1

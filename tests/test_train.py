@@ -1107,3 +1107,13 @@ def test_bits_per_byte_are_those_of_sample(command, folder):
     out = command("sample.py", "--score=val")[1]
     assert f"loss           {line['val_loss']:.4f} " in out
     assert f"bits per byte  {line['val_bits_per_byte']:.4f}\n" in out
+
+
+def test_ids_beyond_the_tokenizer(command, folder):
+    """Of nanoGPT's padded vocabulary; they have no bytes and no text."""
+    (folder / "data/n").mkdir(parents=True)
+    for split in ("train", "val"):
+        np.full(600, 50_300, np.uint16).tofile(folder / f"data/n/{split}.bin")
+    argv = ["--dataset=n", "--vocab_size=50304", "--max_iters=1"]
+    code, out, err = command("train.py", *TINY, *argv)
+    assert (code, err) == (0, "") and "bits per byte" not in out
