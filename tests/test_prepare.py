@@ -1095,7 +1095,7 @@ def test_patterns_of_ones_own(command, folder):
     ranks = {bytes([byte]): byte for byte in range(256)} | {b". ": 256, b'" ': 257, b"ab": 258}
     options = dict(mergeable_ranks=ranks, special_tokens={prepare.ENDOFTEXT: 259})
     quotes = prepare.tiktoken.Encoding("own", pat_str=r'"[^"]*"|[^\s"]+|\s+|"', **options)
-    text = "".join(f'"ab. {n} ab. " ab. ' for n in range(4000))
+    text = "".join(f'"{words(90, seed=n)}" ab. ' for n in range(200))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "BATCH_SIZE", 6000)
         assert prepare.encode(text, quotes).tolist() == quotes.encode_ordinary(text)
