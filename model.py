@@ -665,7 +665,8 @@ def load_model(name: str, **changes) -> tuple[GPT, dict]:
     "tokenizer" is None if it is not known, and "vocabulary" then describes it. Raises ValueError,
     saying why, if there is no such model.
     """
-    if os.path.isfile(name) or str(name).endswith((".ckpt", ".pt", ".pth")):
+    in_folder = any(os.path.exists(os.path.join(name, x)) for x in ("model.ckpt", "ckpt.pt"))
+    if os.path.isfile(name) or in_folder or str(name).endswith((".ckpt", ".pt", ".pth")):
         return load_checkpoint(name, **changes)
     return load_hugging_face(name, **changes)
 
@@ -679,6 +680,8 @@ def load_checkpoint(path: str, **changes) -> tuple[GPT, dict]:
         if "block_size" in args:  # nanoGPT's name
             args["context_length"] = args.pop("block_size")
         gpt = from_state(GPTConfig(**args | changes), state)
+        if type(checkpoint.get("tokenizer")) not in (str, type(None)):
+            raise ValueError("its tokenizer is not a text")
         if "tokenizer" not in checkpoint:
             checkpoint |= guess_tokenizer(gpt.config.vocab_size)
         return gpt, checkpoint
@@ -692,8 +695,9 @@ def read_checkpoint(path: str) -> dict:
     A state dict of the book's GPTModel, alone or as "model_state_dict", is returned as "model".
     Raises ValueError, saying why, for a file that is neither this nor from train.py or nanoGPT.
     """
-    if os.path.isdir(path):
-        path = os.path.join(path, "model.ckpt")
+    if os.path.isdir(path):  # of train.py, or nanoGPT's
+        nano = os.path.join(path, "ckpt.pt")
+        path = nano if os.path.exists(nano) else os.path.join(path, "model.ckpt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.save writes a zip archive
             if archive.testzip():  # torch.load does not verify the checksums

@@ -96,6 +96,7 @@ def main(argv: list[str]):
     with user_errors():
         files, source = find_files(config)
     with user_errors(), lock(folder):
+        replaced = ", in place of an earlier dataset" if (folder / "meta.json").exists() else ""
         vocabulary = own_vocabulary(files, config)  # the text of tokenizer.json, or None
         tokenizer = get_tokenizer(config.tokenizer) if vocabulary is None else from_json(vocabulary)
         dtype = np.dtype("<u2" if tokenizer.n_vocab <= 2**16 else "<u4")
@@ -110,7 +111,7 @@ def main(argv: list[str]):
             if not counts["characters"]:
                 raise UserError("found no document in the sources")
     report(meta, counts, config)
-    print(f"written     {folder.as_posix()} in {time.perf_counter() - started:.1f} s")
+    print(f"written     {folder.as_posix()} in {time.perf_counter() - started:.1f} s{replaced}")
 
 
 def encode_files(
@@ -202,6 +203,8 @@ def encode(text: str, tokenizer: tiktoken.Encoding) -> np.ndarray:
 def encode_prompt(prompt: str, tokenizer: tiktoken.Encoding) -> list[int]:
     """Return the token ids of a prompt, in which <|endoftext|> is the special token."""
     ids = []
+    if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError("the prompt is not UTF-8 text")
     for part in prompt.split(ENDOFTEXT):
         ids += [*encode(part, tokenizer).tolist(), tokenizer.eot_token]
     return ids[:-1]
@@ -283,6 +286,8 @@ def save_dataset(
                 meta[f"{split}_fingerprint"] = fingerprint(open_memmap(file.name, meta["dtype"]))
             with atomic_write(folder / "meta.json") as file:
                 file.write(json.dumps(meta, indent=2).encode() + b"\n")
+            if not vocabulary:  # one of an earlier dataset
+                (folder / "tokenizer.json").unlink(missing_ok=True)
     except BaseException:
         with contextlib.suppress(OSError):
             os.removedirs(folder)  # removes only empty folders
@@ -397,6 +402,8 @@ def report(meta: dict, counts: Counter, config: PrepareConfig):
     if config.val is None and not 0.5 < fraction / config.val_fraction < 2:
         asked = f"--val_fraction {config.val_fraction:.0%}; --val FILE chooses the text"
         print(f"WARNING     validation is {fraction:.0%}, {asked}")
+    if config.separator and counts["documents"] <= counts["files"]:
+        print(f"WARNING     --separator {config.separator!r} ends no document")
     if counts["markers"]:
         advice = f"--separator '{ENDOFTEXT}' ends documents there (in text files)"
         print(f"WARNING     {counts['markers']:,} {ENDOFTEXT} are plain text; {advice}")
@@ -626,7 +633,8 @@ def read_texts(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tup
     while block:
         block = file.read(2**20)
         *documents, rest = (rest + block).split(separator)
-        rest = rest[: LARGEST_DOCUMENT + 1] + rest[LARGEST_DOCUMENT + 1 :][-len(separator) :]
+        if len(rest) > LARGEST_DOCUMENT:  # only the beginning, and perhaps of a separator
+            rest = rest[: LARGEST_DOCUMENT + 1] + b"\xff" + rest[-len(separator) :]
         for document in documents if block else [*documents, rest]:
             number += 1
             if document := document.strip(b"\r\n"):
@@ -856,8 +864,8 @@ def train_tokenizer(files: dict[str, str | None], config: PrepareConfig) -> str:
     bpe.train_from_iterator(drawn, trainer)
     bpe.add_special_tokens([ENDOFTEXT])
     merges = bpe.get_vocab_size() - 257
-    few = f"no more of {size - 257:,} asked for, as no other pair occurs twice"
-    print(f"vocabulary  {merges:,} merges{'' if merges == size - 257 else f': {few}'}")
+    few = f" of the {size - 257:,} asked for: no other pair of bytes occurs twice"
+    print(f"vocabulary  {merges:,} merges{few if merges < size - 257 else ''}")
     if size > 257 and not merges:
         raise UserError(f"--tokenizer {config.tokenizer}: no pair of bytes occurs twice")
     return bpe.to_str()
@@ -1065,7 +1073,10 @@ def fetch(source: str, dataset: str) -> tuple[str, str]:
     address = source.startswith(("http://", "https://"))
     if os.path.exists(source) or not (address or source in KNOWN_TEXTS):
         return source, os.path.basename(os.path.abspath(source))
-    path = Path("data", dataset if address else source, "input.txt")
+    path = Path("data", source, "input.txt")
+    if address:  # a name of its own, which says the format
+        name = f"{hashlib.sha256(source.encode()).hexdigest()[:8]}-{source.rpartition('/')[2]}"
+        path = Path("data", dataset, name)
     known = KnownText(source, source, "") if address else KNOWN_TEXTS[source]
     if address or not path.exists():
         try:

@@ -74,6 +74,8 @@ class SampleConfig:
         check_ranges(self, ranges | {"[1, 1e12]": "max_new_tokens top_k top_logprobs"})
         uses = ("start", "top_logprobs", "score", "export")
         uses = [name for name in uses if getattr(self, name) is not None]
+        if "" in (self.score, self.export):
+            raise ValueError("--score and --export need a name")
         if len(uses) > 1 and uses != ["start", "top_logprobs"]:
             raise ValueError(f"--{uses[0]} and --{uses[-1]} exclude each other: leave one out")
 
@@ -250,7 +252,7 @@ def score(name: str, saved: dict, gpt: GPT, tokenizer):
     loss = total / done
     print(f"tokens         {done:,}\nloss           {loss:.4f} nats per token")
     print(f"perplexity     {math.exp(min(loss, 700)):,.2f}")
-    print(f"bits per byte  {total / math.log(2) / size:.4f}")
+    print(f"bits per byte  {total / math.log(2) / size:.4f}" if size else "no bytes")
 
 
 def export(gpt: GPT, tokenizer: str | None, folder: str):

@@ -368,7 +368,7 @@ def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
     meta["fingerprint"] = f"{meta['train_fingerprint']} {meta['val_fingerprint']}"
     if (wanted := saved.get("tokenizer", tokenizer)) is None:
         raise UserError(
-            f"{config.init_from} has a tokenizer that is not known: {saved['vocabulary']}"
+            f"{config.init_from} has a tokenizer that is not known: {saved.get('vocabulary')}"
         )
     wanted, tokenizer = map(prepare.tokenizer_name, (wanted, tokenizer))
     if wanted != tokenizer:

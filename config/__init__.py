@@ -48,6 +48,8 @@ OTHER_NAMES = {
     "eval_only": "use sample.py --score",
     "always_save_checkpoint": "use --checkpoint_interval",
     "wandb_log": "use --wandb",
+    "wandb_project": "use --wandb and the environment variable WANDB_PROJECT",
+    "wandb_run_name": "use --wandb and the environment variable WANDB_NAME",
     "backend": "the device decides it",
 }
 
@@ -152,7 +154,8 @@ def read_file(path: str, types: dict) -> dict:
         advice = f'; did you mean --start "{path}"?' if "start" in types else ""
         raise UserError(f"cannot read config file {path}: {error.strerror}{advice}") from error
     except NOT_PYTHON as error:
-        raise UserError(f"{path} is not a config file: {error}") from error
+        advice = f"; to continue it, --start FILE:{path}" if "start" in types else ""
+        raise UserError(f"{path} is not a config file: {error}{advice}") from error
     values = {}
     for node in body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
@@ -276,7 +279,7 @@ def lock(folder):
     The system releases the lock when the process ends, in whatever way. Without support for locks,
     as on some network file systems, nothing is checked.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(os.path.realpath(folder))  # one lock for all links to a folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         try:

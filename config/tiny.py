@@ -21,4 +21,3 @@ min_lr = 1e-4
 
 log_interval = 50
 eval_interval = 200
-sample_prompt = "The "

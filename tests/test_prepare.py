@@ -98,7 +98,7 @@ def test_the_text_at_an_address(command, folder, monkeypatch):
     answer = Answer(words(100).encode())
     monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda *args, **options: answer)
     code, out, _ = command("prepare.py", "https://example.com/a/my.txt", "--tokenizer=bytes")
-    assert code == 0 and "source      https://example.com/a/my.txt (data/my/input.txt)" in out
+    assert code == 0 and "source      https://example.com/a/my.txt (data/my/" in out
     assert (
         read(folder / "data/my", "train") == list(words(100).encode())[: int(0.9 * len(words(100)))]
     )
@@ -107,7 +107,14 @@ def test_the_text_at_an_address(command, folder, monkeypatch):
     answer.headers["Content-Type"] = "text/html; charset=utf-8"
     code, _, err = command("prepare.py", "https://example.com/a/my.txt", "--tokenizer=bytes")
     assert code == 2 and "the answer is a web page" in err and err.count("\n") == 1
-    assert (folder / "data/my/input.txt").read_text() == words(100)
+    [kept] = (folder / "data/my").glob("*-my.txt")
+    assert kept.read_text() == words(100)
+    answers = [Answer(text.encode()) for text in ('{"text": "a"}', '{"text": "b"}')]
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", lambda *_, **__: answers.pop())
+    sources = ["https://example.com/a/1.jsonl", "https://example.com/b/1.jsonl"]
+    argv = ["--tokenizer=bytes", "--dataset=two", "--val_fraction=0.5"]
+    code, out, _ = command("prepare.py", *sources, *argv)
+    assert code == 0 and "documents   2 in 2 files" in out
 
 
 def test_bytes_tokenizer():
@@ -863,6 +870,9 @@ def test_separators_end_documents(command, folder, separator):
     code, out, _ = command("prepare.py", "d.txt", *argv)
     assert code == 0 and "WARNING" not in out and documents(folder / "data/d") == EXPECTED
     assert "documents   60 in 1 files" in out
+    (folder / "v.txt").write_text("own")
+    argv = ["--tokenizer=bytes", "--separator=##", "--val=v.txt"]
+    assert "--separator '##' ends no document" in command("prepare.py", "d.txt", *argv)[1]
 
 
 def test_validation_text_of_ones_own(command, folder):
@@ -937,7 +947,7 @@ def test_a_vocabulary_is_trained_on_the_training_split(command, folder, sources)
             file.write("broken\n")
         argv = ["a.jsonl", "--val=b.jsonl", "--on_error=skip"]
     code, out, err = command("prepare.py", *argv, "--tokenizer=bpe:300", "--dataset=own")
-    assert (code, err) == (0, "") and re.search(r"vocabulary  \d+ merges: no more of 43", out)
+    assert (code, err) == (0, "") and re.search(r"vocabulary  \d+ merges of the 43 asked for", out)
     assert out.count("a.jsonl, line 31") == (sources == "documents")
     splits, meta = prepare.load_dataset("own")
     tokenizer = prepare.get_tokenizer(meta["tokenizer"])
