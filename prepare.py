@@ -286,8 +286,8 @@ def save_dataset(
                 meta[f"{split}_fingerprint"] = fingerprint(open_memmap(file.name, meta["dtype"]))
             with atomic_write(folder / "meta.json") as file:
                 file.write(json.dumps(meta, indent=2).encode() + b"\n")
-            if not vocabulary:  # one of an earlier dataset
-                (folder / "tokenizer.json").unlink(missing_ok=True)
+        if not vocabulary:
+            (folder / "tokenizer.json").unlink(missing_ok=True)  # an earlier dataset's
     except BaseException:
         with contextlib.suppress(OSError):
             os.removedirs(folder)  # removes only empty folders
@@ -789,7 +789,7 @@ def show_progress(items: Iterable, total: int) -> Iterator[tuple]:
 
 # A vocabulary is trained on so many bytes of the files, drawn evenly, in slices of so many
 # characters: the trainer's time grows with the square of a word.
-TRAINING_BYTES, SLICE = 2**27, 2**12
+TRAINING_BYTES, SLICE = 2**26, 2**12
 
 # Special tokens that end a document; a tokenizer's own is the first that it has. <|bos|>: NanoChat.
 END_TOKENS = (ENDOFTEXT, "<|end_of_text|>", "</s>", "<|bos|>")
@@ -854,7 +854,8 @@ def train_tokenizer(files: dict[str, str | None], config: PrepareConfig) -> str:
         for split, text, _ in encode_files(files, config, get_tokenizer("bytes"), quiet)
         for start in range(0, len(text) if split == "train" else 0, SLICE)
     )
-    drawn = (text for text in slices if zlib.crc32(text.encode()) % one_in == 0)
+    # As a list: within tokenizers' loop, Ctrl-C would wait for the end of the training.
+    drawn = [text for text in slices if zlib.crc32(text.encode()) % one_in == 0]
     size = int(config.tokenizer.removeprefix("bpe:"))
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
@@ -899,7 +900,8 @@ def from_json(text: str) -> tiktoken.Encoding:
         model, split = contents["model"], contents["pre_tokenizer"]
         if model.get("type", "BPE") != "BPE":
             raise ValueError(f"its model is {model['type']}, not BPE")
-        special = {token["content"]: token["id"] for token in contents["added_tokens"]}
+        added = contents["added_tokens"]
+        special = {token["content"]: token["id"] for token in added}
         vocab = {token: id for token, id in model["vocab"].items() if token not in special}
         ids = [*vocab.values(), *special.values()]
         merged = [vocab["".join(pair).replace(" ", "")] for pair in model["merges"]]
@@ -910,16 +912,17 @@ def from_json(text: str) -> tiktoken.Encoding:
             "its tokens are not made of bytes": not set("".join(vocab)) <= set(BYTES) <= set(vocab),
             "it has an id twice, or above 1,048,575": len(set(ids) & set(range(2**20))) < len(ids),
             "its ids are not in the order of its merges": merged != sorted(merged),
+            "it marks where a word goes on": model.get("continuing_subword_prefix"),
+            "it adds tokens that are not special": not all(token["special"] for token in added),
             f"it has no special token {' or '.join(END_TOKENS)}": not ends,
         }
         for problem in filter(problems.get, problems):
             raise ValueError(problem)
         special[ENDOFTEXT] = special.pop(ends[0])
-        ranks = {bytes(map(BYTES.get, token)): id for token, id in vocab.items()}
         encoding = tiktoken.Encoding(
             f"bpe:{max(ids) + 1}",
             pat_str=(patterns or [r50k_pat_str])[0],
-            mergeable_ranks=ranks,
+            mergeable_ranks={bytes(map(BYTES.get, token)): id for token, id in vocab.items()},
             special_tokens=special,
         )
         check_sample(text, encoding)
@@ -946,7 +949,8 @@ def check_sample(text: str, encoding: tiktoken.Encoding):
 
         bpe = Tokenizer.from_str(text)
         bpe.no_truncation()
-        if bpe.encode(sample, add_special_tokens=False).ids[: len(ids)] != ids:  # without padding
+        bpe.no_padding()
+        if bpe.encode(sample, add_special_tokens=False).ids != ids:
             raise ValueError("it does more than split and merge (normalizer, dropout, ...)")
 
 
@@ -956,9 +960,8 @@ def to_json(encoding: tiktoken.Encoding) -> str:
     letters = {byte: letter for letter, byte in BYTES.items()}
     names = {token: "".join(map(letters.get, token)) for token in sorted(ranks, key=ranks.get)}
     cuts = ((token[:cut], token[cut:]) for token in names for cut in range(1, len(token)))
-    merges = [
-        (names[left], names[right]) for left, right in cuts if left in names and right in names
-    ]
+    cuts = ((left, right) for left, right in cuts if left in names and right in names)
+    merges = [(names[left], names[right]) for left, right in cuts]
     vocab = {name: ranks[token] for token, name in names.items()} | special
     bpe = new_tokenizer(encoding._pat_str, vocab=vocab, merges=merges)
     bpe.add_special_tokens(list(special))
