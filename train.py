@@ -1037,7 +1037,11 @@ def open_out_dir(folder: str):
             stack.enter_context(lock(folder))
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()  # fails now, not after hours
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)  # if nothing was written
 
 
 def leave(exit_code: int):
