@@ -630,6 +630,8 @@ def read_texts(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tup
         yield path, file.read(LARGEST_DOCUMENT + 1), functools.partial(to_text, where=path)
         return
     separator, rest, number, block = config.separator.encode(), b"", 0, b" "
+    if file.peek(3).startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
     while block:
         block = file.read(2**20)
         *documents, rest = (rest + block).split(separator)

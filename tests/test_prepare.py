@@ -859,7 +859,7 @@ def test_a_share_far_from_what_was_asked_is_said(command, folder):
 def test_separators_end_documents(command, folder, separator):
     """Or they are counted, also where a text is cut."""
     text = f"\n{separator}\n".join(DOCUMENTS) + f"\n{separator}\n"
-    (folder / "d.txt").write_bytes(text.encode())
+    (folder / "d.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     code, out, _ = command("prepare.py", "d.txt", "--tokenizer=bytes")
     warned = f"{len(DOCUMENTS)} <|endoftext|> are plain text; --separator '<|endoftext|>'" in out
     assert code == 0 and warned == (separator == "<|endoftext|>")
