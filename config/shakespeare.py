@@ -7,6 +7,9 @@
 nanoGPT publishes two validation losses for this text: 1.88, of 4 layers and 128 channels after
 2,000 updates of 12 x 64 characters, about three minutes on a CPU; and 1.4697, of 10.7M parameters
 after 82M tokens, three minutes on an A100.
+
+Here 1.415 over the whole validation split (seed 1337; one run, looked at four times), in about 24
+minutes on two cores of an AMD EPYC with AVX512-BF16.
 """
 
 dataset = "shakespeare"
