@@ -5,8 +5,10 @@
     python train.py config/neko.py
     python sample.py --start "吾輩は"
 
-A token of this vocabulary is about two and a half characters. GPT-2's vocabulary needs more than a
-token for each character, and its 50,257 embeddings would be most of a model of this size.
+A token of this vocabulary is about one and a half characters. GPT-2's vocabulary needs more than a
+token for each character, and its 50,257 embeddings would be most of a model of this size. 500
+updates take about four minutes on two cores (measured over 25). The settings are those of
+config/modern.py, not tuned for this text.
 """
 
 dataset = "neko"
