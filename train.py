@@ -67,6 +67,7 @@ class TrainConfig(GPTConfig):
     batch_size: int = 8  # sequences per update, over all processes
     micro_batch_size: int | None = None  # sequences per forward pass and process; none: no limit
     shift_windows: bool = True  # cut the text at another offset in every epoch (the book: no)
+    short_context_fraction: float = 0.0  # fraction of max_iters, at first, of half the context
     seed: int = 1337  # seeds initial weights, order of the data, and dropout
     # Updates
     max_iters: int = 1000  # number of updates
@@ -110,7 +111,10 @@ class TrainConfig(GPTConfig):
         sizes = "batch_size micro_batch_size max_iters max_skipped muon_interval log_interval "
         sizes += "eval_interval eval_iters checkpoint_interval"
         fractions = {"[0, 1)": "beta1 beta2 momentum", "(0, 1]": "cooldown_fraction"}
+        fractions |= {"[0, 1]": "short_context_fraction"}
         check_ranges(self, fractions | {"[0, inf)": rates, "[1, 1e12)": sizes})
+        if self.short_context_fraction and self.context_length % 2:
+            raise ValueError("short_context_fraction needs an even context_length")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("Muon needs whole matrices: take --parallel ddp or --optimizer adamw")
 
@@ -129,7 +133,8 @@ def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 
     The token ids `stream` (N,) are a ring. An epoch cuts it into (N - 1) // T windows of T tokens,
     from a new offset in each epoch (0 without `shift_windows`), and visits each window once, in
     shuffled order. Offset and order follow from the seed and the epoch. Each rank gets B =
-    batch_size / world_size windows of the update.
+    batch_size / world_size windows of the update; in the first `short_context_fraction` of the
+    updates each window is cut in two, which gives (2 B, T / 2).
     """
     windows = (len(stream) - 1) // config.context_length  # per epoch
     B = config.batch_size // world_size
@@ -145,7 +150,10 @@ def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 
     if torch.device(device).type == "cuda":
         tokens = tokens.pin_memory()  # is copied while the GPU computes
     tokens = tokens.to(device, non_blocking=True)
-    return tokens[:, :-1], tokens[:, 1:]
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    if step < config.short_context_fraction * config.max_iters:  # Press et al. 2021, "Shortformer"
+        x, y = x.reshape(2 * B, -1), y.reshape(2 * B, -1)  # (2 B, T / 2)
+    return x, y
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
@@ -234,7 +242,7 @@ def train(config: TrainConfig, run_id: str) -> int:
     describe(config, meta, step, device, dtype)
     train_model = compile_model(model, splits["train"], config, device, autocast)
     log = Log(config, saved, device, dtype)
-    size, saved_step, skipped = sequences_per_pass(config), step, 0
+    saved_step, skipped = step, 0
 
     def save(name: str = "model.ckpt") -> bool:  # with the values at the time of the call
         state = dict(step=step, best_val_loss=best_val_loss, scaler=scaler.state_dict())
@@ -254,7 +262,7 @@ def train(config: TrainConfig, run_id: str) -> int:
             break
         lr = set_lr(optimizers, step, config)
         x, y = get_batch(splits["train"], step, config, device, get_rank(), get_world_size())
-        micro_batches = list(zip(x.split(size), y.split(size)))
+        micro_batches = split_batch(x, y, config)
         total_loss = 0.0
         for micro_step, (inputs, targets) in enumerate(micro_batches):
             seed_dropout(config.seed, step, micro_step)
@@ -388,9 +396,15 @@ def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
 
 
 def sequences_per_pass(config: TrainConfig) -> int:
-    """Return how many sequences go through the model at once in each rank."""
+    """Return how many sequences of T tokens go through the model at once in each rank."""
     share = config.batch_size // get_world_size()
     return min(config.micro_batch_size or share, share)
+
+
+def split_batch(x: torch.Tensor, y: torch.Tensor, config: TrainConfig) -> list[tuple]:
+    """Return the inputs and targets of each micro batch; half the context, twice the sequences."""
+    passes = math.ceil(config.batch_size / get_world_size() / sequences_per_pass(config))
+    return list(zip(x.chunk(passes), y.chunk(passes)))
 
 
 def seed_dropout(*key: int):
@@ -914,14 +928,15 @@ def compile_model(model, split, config: TrainConfig, device: torch.device, autoc
     if config.compile is False or (config.compile is None and device.type != "cuda"):
         return model
     compiled, reason, started = torch.compile(model, dynamic=False), "", time.perf_counter()
-    x, y = get_batch(split, 0, config, device, get_rank(), get_world_size())
-    size = sequences_per_pass(config)
     set_grad_sync(model, False)
     try:
-        for i in (0, -1):  # the last micro batch may be smaller
-            with autocast:
-                loss = compiled(x.split(size)[i], y.split(size)[i])
-            (0 * loss).backward()  # by 0, as FSDP would add these gradients to the first update's
+        for step in (0, config.max_iters):  # the context of the first updates may be shorter
+            x, y = get_batch(split, step, config, device, get_rank(), get_world_size())
+            micro_batches = split_batch(x, y, config)
+            for inputs, targets in micro_batches[:1] + micro_batches[-1:]:  # perhaps smaller
+                with autocast:
+                    loss = compiled(inputs, targets)
+                (0 * loss).backward()  # by 0: FSDP would add these gradients to the first update's
     except Exception as error:  # compilers raise many exception types
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if config.parallel == "fsdp":  # the other ranks wait for shards of this one
