@@ -4,12 +4,8 @@
     python train.py config/modern.py --dataset my
 
 The settings were chosen on the standard library's source code, with models of 1 and 10 million
-parameters; tests/README.md reports results on another text (`python tests/learning.py`). Not used,
-as it did not save 3 % of the updates at two sizes: squared ReLU (1M: 3 % more updates with it, 10M:
-2 % fewer), zero-initialized output projections and head (1M: 1 % more, 10M: 30 % more). Tried once
-and not used (1M, 300 updates, one seed, recipe's loss 1.726): half the context and twice the batch
-in the first half 1.708, no weight decay 1.716, windows that begin with a document 1.724, a batch
-that grows from half to twice 1.730, weights averaged over the last tenth 1.732.
+parameters; tests/README.md reports results on another text (`python tests/learning.py`), and what
+was tried and is not used.
 """
 
 dataset = "modern"
