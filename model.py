@@ -304,7 +304,7 @@ class GPT(nn.Module):
         transformers lacks or that has weights that are not finite.
         """
         check_finite(*self.parameters())
-        transformers = import_transformers(folder)
+        transformers = import_transformers("export")
         ends = dict(bos_token_id=end_token, eos_token_id=end_token, pad_token_id=None)
         config = transformers_config(self.config, tokenizer=tokenizer, **ends)
         exported = transformers.AutoModelForCausalLM.from_config(config)
@@ -818,7 +818,8 @@ TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 
 def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
     """Return a model in Hugging Face's format, and {"tokenizer": ...}; see `load_model`."""
-    transformers = import_transformers(path)
+    where = "" if os.path.exists(path) else " is not a file or folder here, and"
+    transformers = import_transformers(f"{path}{where}")
     try:
         folder = Path(path if os.path.isdir(path) else download(path))
         if not (folder / "config.json").exists():
@@ -882,13 +883,12 @@ def find_tokenizer(folder: Path) -> tuple[str | None, str]:
     return text if text.startswith("{") else None, names
 
 
-def import_transformers(path: str):
-    """Return the module, without its messages. Raises ValueError if it is not installed."""
+def import_transformers(what: str):
+    """Return the module, without its messages. Raises ValueError, naming `what`, without it."""
     try:
         import transformers
     except ImportError:
-        what = "" if os.path.exists(path) else "is not a file or folder here, and "
-        raise ValueError(f"{path} {what}needs transformers: pip install transformers") from None
+        raise ValueError(f"{what} needs transformers: pip install transformers") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

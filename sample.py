@@ -259,7 +259,7 @@ def export(gpt: GPT, tokenizer: str | None, folder: str):
     """Write weights and tokenizer files for Hugging Face's transformers."""
     files, end, lacking = {}, None, "tokenizer files: its tokenizer is not known"
     with user_errors():
-        import_transformers(folder)
+        import_transformers("--export")
     if tokenizer is not None:
         try:
             encoding = prepare.get_tokenizer(tokenizer)

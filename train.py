@@ -434,9 +434,10 @@ def read_text(config: TrainConfig, splits: dict, meta: dict) -> Text:
     try:
         if get_rank() == 0:
             tokenizer, prompt = prepare.get_tokenizer(meta["tokenizer"]), config.sample_prompt
-            ids = splits["val"][:8].tolist() if prompt is None else []
-            if prompt:
-                ids = prepare.encode_prompt(prompt, tokenizer)
+            if prompt is None:  # up to the last whole character of 8 tokens
+                start = prepare.decode_bytes(tokenizer, splits["val"][:8].tolist())
+                prompt = start.decode(errors="ignore")
+            ids = prepare.encode_prompt(prompt, tokenizer)
             if max(ids, default=0) >= config.vocab_size:
                 print0(f"no samples: {prompt!r} is outside the vocabulary")
                 ids = []

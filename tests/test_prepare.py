@@ -947,7 +947,7 @@ def test_a_vocabulary_is_trained_on_the_training_split(command, folder, sources)
             file.write("broken\n")
         argv = ["a.jsonl", "--val=b.jsonl", "--on_error=skip"]
     code, out, err = command("prepare.py", *argv, "--tokenizer=bpe:300", "--dataset=own")
-    assert (code, err) == (0, "") and re.search(r"vocabulary  \d+ merges of the 43 asked for", out)
+    assert (code, err) == (0, "") and re.search(r"ids: .*, \d+ merges of the 43 asked for", out)
     assert out.count("a.jsonl, line 31") == (sources == "documents")
     splits, meta = prepare.load_dataset("own")
     tokenizer = prepare.get_tokenizer(meta["tokenizer"])
@@ -971,6 +971,13 @@ def test_a_tokenizer_of_another_dataset_is_noticed(command, folder):
     other = own(command, folder, "a.txt", "--tokenizer=bpe:300", "--val_fraction=0.7")
     assert prepare.tokenizer_name(first) != prepare.tokenizer_name(other)
     assert prepare.tokenizer_name(first) == prepare.tokenizer_name(first + " ")
+    for name in (str(path), "data/own"):
+        assert (
+            prepare.get_tokenizer(name)._mergeable_ranks
+            == prepare.from_json(other)._mergeable_ranks
+        )
+    with pytest.raises(config.UserError, match="No such file.*tokenizer.json"):
+        prepare.get_tokenizer("data")
     for harm in (lambda: path.write_text(first), path.unlink):
         harm()
         with pytest.raises(config.UserError, match="tokenizer.json is not what .*prepare it again"):
