@@ -22,6 +22,7 @@ import re
 import sys
 import threading
 import time
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -192,7 +193,9 @@ def alternatives(id: int, logits: torch.Tensor, k: int, tokenizer) -> str:
         return f"{text!r} {100 * math.exp(logprob):.1f}%"
 
     others = "  ".join(map(show, likeliest.indices.tolist(), likeliest.values.tolist()))
-    return f"{show(id, logprobs[id].item()):<24} of  {others}"
+    first = show(id, logprobs[id].item())
+    wide = sum(unicodedata.east_asian_width(x) in "WF" for x in first)  # they take two columns
+    return f"{first:<{24 - wide}} of  {others}"
 
 
 BATCH_NUMBERS = 2**25  # of a forward pass's logits, or of a layer, while scoring
