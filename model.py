@@ -884,7 +884,7 @@ def find_tokenizer(folder: Path) -> tuple[str | None, str]:
 
 
 def import_transformers(what: str):
-    """Return the module, without its messages. Raises ValueError, naming `what`, without it."""
+    """Import transformers, without its messages, for `what`. Raises ValueError without it."""
     try:
         import transformers
     except ImportError:

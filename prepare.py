@@ -166,8 +166,8 @@ BUILT_IN = ["bytes", *tiktoken.list_encoding_names()]
 def get_tokenizer(name: str) -> tiktoken.Encoding:
     """Return the tiktoken encoding `name`, or for `bytes` one of 256 bytes and <|endoftext|>.
 
-    Instead of a name, takes a tokenizer.json: its path or its text. Raises UserError if there is no
-    such encoding, its vocabulary cannot be downloaded, or tiktoken cannot express the file.
+    Instead of a name, takes the text of a tokenizer.json. Raises UserError if there is no such
+    encoding, its vocabulary cannot be downloaded, or tiktoken cannot express the text.
     """
     if name.startswith("{"):
         return from_json(name)
@@ -178,9 +178,6 @@ def get_tokenizer(name: str) -> tiktoken.Encoding:
             mergeable_ranks={bytes([byte]): byte for byte in range(256)},
             special_tokens={ENDOFTEXT: 256},
         )
-    if name not in BUILT_IN and os.path.exists(name):
-        with user_errors():
-            return from_json(read_vocabulary(name))
     if name not in BUILT_IN:
         choice = f"{', '.join(BUILT_IN)}, bpe:N, the path of a tokenizer.json"
         raise UserError(f"there is no tokenizer {name[:50]!r}; choose from: {choice}")
@@ -836,11 +833,8 @@ def own_vocabulary(files: dict[str, str | None], config: PrepareConfig) -> str |
     if name in BUILT_IN or not (trained or os.path.exists(name)):
         return None
     need("tokenizers", "own vocabularies")
-    return train_tokenizer(files, config) if trained else read_vocabulary(name)
-
-
-def read_vocabulary(name: str) -> str:
-    """Return the text of a tokenizer.json, or of the one in a folder."""
+    if trained:
+        return train_tokenizer(files, config)
     path = Path(name, "tokenizer.json") if os.path.isdir(name) else Path(name)
     return path.read_text(encoding="utf-8-sig").strip()
 
@@ -873,8 +867,9 @@ def train_tokenizer(files: dict[str, str | None], config: PrepareConfig) -> str:
     bpe.train_from_iterator(drawn, trainer)
     bpe.add_special_tokens([ENDOFTEXT])
     merges = bpe.get_vocab_size() - 257
-    few = f" of the {size - 257:,} asked for: no other pair of bytes occurs twice"
-    few = few if merges < size - 257 else ""
+    few = ""
+    if merges < size - 257:
+        few = f" of the {size - 257:,} asked for: no other pair of bytes occurs twice"
     print(f"vocabulary  {merges + 257:,} ids: 256 bytes, {ENDOFTEXT}, {merges:,} merges{few}")
     if size > 257 and not merges:
         raise UserError(f"--tokenizer {config.tokenizer}: no pair of bytes occurs twice")

@@ -195,7 +195,7 @@ def alternatives(id: int, logits: torch.Tensor, k: int, tokenizer) -> str:
     others = "  ".join(map(show, likeliest.indices.tolist(), likeliest.values.tolist()))
     first = show(id, logprobs[id].item())
     wide = sum(unicodedata.east_asian_width(x) in "WF" for x in first)  # they take two columns
-    return f"{first:<{24 - wide}} of  {others}"
+    return f"{first:<{max(0, 24 - wide)}} of  {others}"
 
 
 BATCH_NUMBERS = 2**25  # of a forward pass's logits, or of a layer, while scoring

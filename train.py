@@ -67,7 +67,7 @@ class TrainConfig(GPTConfig):
     batch_size: int = 8  # sequences per update, over all processes
     micro_batch_size: int | None = None  # sequences per forward pass and process; none: no limit
     shift_windows: bool = True  # cut the text at another offset in every epoch (the book: no)
-    short_context_fraction: float = 0.0  # fraction of max_iters, at first, of half the context
+    short_context_iters: int = 0  # first updates, with half the context and twice the sequences
     seed: int = 1337  # seeds initial weights, order of the data, and dropout
     # Updates
     max_iters: int = 1000  # number of updates
@@ -107,14 +107,13 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         rates = "learning_rate embedding_learning_rate head_learning_rate initial_lr min_lr "
-        rates += "warmup_iters weight_decay grad_clip seed"
+        rates += "warmup_iters short_context_iters weight_decay grad_clip seed"
         sizes = "batch_size micro_batch_size max_iters max_skipped muon_interval log_interval "
         sizes += "eval_interval eval_iters checkpoint_interval"
         fractions = {"[0, 1)": "beta1 beta2 momentum", "(0, 1]": "cooldown_fraction"}
-        fractions |= {"[0, 1]": "short_context_fraction"}
         check_ranges(self, fractions | {"[0, inf)": rates, "[1, 1e12)": sizes})
-        if self.short_context_fraction and self.context_length % 2:
-            raise ValueError("short_context_fraction needs an even context_length")
+        if self.short_context_iters and self.context_length % 2:
+            raise ValueError("short_context_iters needs an even context_length")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("Muon needs whole matrices: take --parallel ddp or --optimizer adamw")
 
@@ -133,8 +132,8 @@ def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 
     The token ids `stream` (N,) are a ring. An epoch cuts it into (N - 1) // T windows of T tokens,
     from a new offset in each epoch (0 without `shift_windows`), and visits each window once, in
     shuffled order. Offset and order follow from the seed and the epoch. Each rank gets B =
-    batch_size / world_size windows of the update; in the first `short_context_fraction` of the
-    updates each window is cut in two, which gives (2 B, T / 2).
+    batch_size / world_size windows of the update. In the first `short_context_iters` updates each
+    window is cut in two, which gives (2 B, T / 2).
     """
     windows = (len(stream) - 1) // config.context_length  # per epoch
     B = config.batch_size // world_size
@@ -151,7 +150,7 @@ def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 
         tokens = tokens.pin_memory()  # is copied while the GPU computes
     tokens = tokens.to(device, non_blocking=True)
     x, y = tokens[:, :-1], tokens[:, 1:]
-    if step < config.short_context_fraction * config.max_iters:  # Press et al. 2021, "Shortformer"
+    if step < config.short_context_iters:  # Press et al. 2021, "Shortformer"
         x, y = x.reshape(2 * B, -1), y.reshape(2 * B, -1)  # (2 B, T / 2)
     return x, y
 
@@ -402,9 +401,9 @@ def sequences_per_pass(config: TrainConfig) -> int:
 
 
 def split_batch(x: torch.Tensor, y: torch.Tensor, config: TrainConfig) -> list[tuple]:
-    """Return the inputs and targets of each micro batch; half the context, twice the sequences."""
-    passes = math.ceil(config.batch_size / get_world_size() / sequences_per_pass(config))
-    return list(zip(x.chunk(passes), y.chunk(passes)))
+    """Return the inputs and targets of each micro batch; with half the context, twice as many."""
+    size = sequences_per_pass(config) * config.context_length // x.shape[1]
+    return list(zip(x.split(size), y.split(size)))
 
 
 def seed_dropout(*key: int):
@@ -434,10 +433,10 @@ def read_text(config: TrainConfig, splits: dict, meta: dict) -> Text:
     try:
         if get_rank() == 0:
             tokenizer, prompt = prepare.get_tokenizer(meta["tokenizer"]), config.sample_prompt
-            if prompt is None:  # up to the last whole character of 8 tokens
-                start = prepare.decode_bytes(tokenizer, splits["val"][:8].tolist())
-                prompt = start.decode(errors="ignore")
-            ids = prepare.encode_prompt(prompt, tokenizer)
+            if prompt is None:
+                ids = whole_characters(splits["val"][:8].tolist(), tokenizer)
+            else:
+                ids = prepare.encode_prompt(prompt, tokenizer)
             if max(ids, default=0) >= config.vocab_size:
                 print0(f"no samples: {prompt!r} is outside the vocabulary")
                 ids = []
@@ -446,6 +445,13 @@ def read_text(config: TrainConfig, splits: dict, meta: dict) -> Text:
     except UserError as error:
         print0(f"no samples, no bits per byte: {error}")
     return Text(tokenizer, *all_gather(rest)[0])
+
+
+def whole_characters(ids: list[int], tokenizer) -> list[int]:
+    """Return token ids without the last ones if these are only part of a character."""
+    raw = prepare.decode_bytes(tokenizer, ids)
+    whole = raw == raw.decode(errors="ignore").encode()
+    return ids if whole else whole_characters(ids[:-1], tokenizer)
 
 
 def write_sample(gpt: GPT, text: Text, log: "Log", autocast):
@@ -929,15 +935,15 @@ def compile_model(model, split, config: TrainConfig, device: torch.device, autoc
     if config.compile is False or (config.compile is None and device.type != "cuda"):
         return model
     compiled, reason, started = torch.compile(model, dynamic=False), "", time.perf_counter()
+    step = config.max_iters  # with the whole context
+    x, y = get_batch(split, step, config, device, get_rank(), get_world_size())
+    micro_batches = split_batch(x, y, config)
     set_grad_sync(model, False)
     try:
-        for step in (0, config.max_iters):  # the context of the first updates may be shorter
-            x, y = get_batch(split, step, config, device, get_rank(), get_world_size())
-            micro_batches = split_batch(x, y, config)
-            for inputs, targets in micro_batches[:1] + micro_batches[-1:]:  # perhaps smaller
-                with autocast:
-                    loss = compiled(inputs, targets)
-                (0 * loss).backward()  # by 0: FSDP would add these gradients to the first update's
+        for inputs, targets in (micro_batches[0], micro_batches[-1]):  # the last may be smaller
+            with autocast:
+                loss = compiled(inputs, targets)
+            (0 * loss).backward()  # by 0, as FSDP would add these gradients to the first update's
     except Exception as error:  # compilers raise many exception types
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         if config.parallel == "fsdp":  # the other ranks wait for shards of this one

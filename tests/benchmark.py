@@ -127,9 +127,9 @@ def training_step(run: Run, stamp=lambda phase: None, host_check: bool = True):
     config, optimizers, scaler = run.config, run.optimizers, run.scaler
     train.set_lr(optimizers, run.step, config)
     x, y = train.get_batch(run.split, run.step, config, run.device)
-    size, loss = config.micro_batch_size or len(x), 0.0
+    loss = 0.0
     stamp("get_batch")
-    for inputs, targets in zip(x.split(size), y.split(size)):
+    for inputs, targets in train.split_batch(x, y, config):
         with run.autocast:
             micro_loss = run.model(inputs, targets)
         micro_loss = micro_loss * (len(inputs) / len(x))

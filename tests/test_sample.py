@@ -262,10 +262,10 @@ def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
     argv = ["--max_new_tokens=1", "--num_samples=2"]
     assert command("sample.py", "--start=a", *argv)[1].endswith("-\nax\n")
     assert "'x<e7>'" in command("sample.py", "--start=a", *argv, "--top_logprobs=2")[1]
-    for token in ("x", "\u732b"):  # one column, and two
+    for token, columns in (("x", 24), ("\u732b", 23), ("\uff1d" * 25, 32)):
         monkeypatch.setattr(prepare, "token_bytes", lambda tokenizer, id, x=token: x.encode())
         line = command("sample.py", "--start=a", *argv, "--top_logprobs=2")[1].splitlines()[1]
-        assert line.index(" of  ") == (24 if token == "x" else 23)
+        assert line.index(" of  ") == columns  # 24, less one for each wide character
     monkeypatch.setattr(prepare, "token_bytes", lambda tokenizer, id: b"x\xe7")
     assert prepare.decode(None, [1, 2]) == "x<e7>x<e7>"  # as train.py shows samples
 

@@ -167,7 +167,7 @@ def test_first_updates_have_half_the_context():
     stream = np.arange(99, dtype=np.uint16)
     for step, rows in ((0, 8), (3, 8), (4, 4), (10, 4)):
         whole = train.get_batch(stream, step, train.TrainConfig(**shape))
-        config = train.TrainConfig(**shape, short_context_fraction=0.4)
+        config = train.TrainConfig(**shape, short_context_iters=4)
         for found, wanted in zip(train.get_batch(stream, step, config), whole):
             assert found.shape == (rows, 32 // rows) and found.flatten().equal(wanted.flatten())
 
@@ -278,7 +278,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(command, data
 def test_micro_batches_add_up_to_the_batch(command, dataset):
     for micro in (4, 2, 3):
         argv = [f"--micro_batch_size={micro}", f"--out_dir={micro}", "--dtype=float32"]
-        argv.append("--short_context_fraction=0.5")
+        argv.append("--short_context_iters=3")
         assert command("train.py", *TINY, *argv)[0] == 0
     for micro in ("2", "3"):
         for one, other in zip(metrics("4"), metrics(micro)):
@@ -805,12 +805,12 @@ def test_compiled_updates_are_the_same(command, dataset, monkeypatch):
     def backend(graph, inputs):
         return lambda *args: calls.append(1) or graph(*args)
 
-    argv = [*TINY, "--batch_size=5", "--micro_batch_size=3", "--short_context_fraction=0.5"]
+    argv = [*TINY, "--batch_size=5", "--micro_batch_size=3", "--short_context_iters=3"]
     assert command("train.py", *argv, "--out_dir=a")[0] == 0
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     code, out, err = command("train.py", *argv, "--compile", "--out_dir=b")
     assert (code, err) == (0, "") and "\ncompiled in " in out and "not compiled" not in out
-    assert len(calls) == 2 * 2 + 2 * 6  # two micro batches in two trials and in each update
+    assert len(calls) == 2 + 2 * 6  # two micro batches in a trial and in each update
     assert metrics("a") == metrics("b")
     assert differences(*(load(f"{x}/model.ckpt")["model"] for x in "ab")) == []
 
