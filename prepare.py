@@ -215,37 +215,6 @@ def decode(tokenizer: tiktoken.Encoding, ids: list[int]) -> str:
     return decode_bytes(tokenizer, ids).decode("utf-8", errors="hex")
 
 
-def hexadecimal(error: UnicodeDecodeError) -> tuple[str, int]:
-    """Show bytes that are not UTF-8 as <e7>: the error handler "hex" for decoding."""
-    wrong = error.object[error.start : error.end]
-    return "".join(f"<{byte:02x}>" for byte in wrong), error.end
-
-
-codecs.register_error("hex", hexadecimal)
-
-
-def decode_bytes(tokenizer: tiktoken.Encoding, ids: list[int]) -> bytes:
-    """Return the bytes of token ids."""
-    return b"".join(token_bytes(tokenizer, id) for id in ids)
-
-
-@functools.lru_cache(maxsize=4)
-def token_sizes(tokenizer: tiktoken.Encoding, vocab_size: int = 0) -> np.ndarray:
-    """Return the bytes of each id (V,) of a tokenizer or model; special tokens have none."""
-    sizes = np.zeros(max(vocab_size, tokenizer.n_vocab), dtype=np.int64)
-    for token, id in tokenizer._mergeable_ranks.items():
-        sizes[id] = len(token)
-    return sizes
-
-
-def token_bytes(tokenizer: tiktoken.Encoding, id: int) -> bytes:
-    """Return the bytes of one token; an id without a token gives U+FFFD in UTF-8."""
-    try:
-        return tokenizer.decode_single_token_bytes(id)
-    except KeyError:
-        return "\ufffd".encode()
-
-
 # --- Writing a dataset ----------------------------------------------------------------------------
 
 
@@ -333,6 +302,69 @@ def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
     return splits, meta
 
 
+# --- A first reading may stop here ----------------------------------------------------------------
+
+
+def report(meta: dict, counts: Counter, config: PrepareConfig):
+    """Print what a dataset holds, and what may be wrong with it."""
+    train, val, whole = meta["train_tokens"], meta["val_tokens"], counts["documents"] > 1
+    fraction, each = val / (train + val), counts["characters"] / (train + val)
+    share = f" ({fraction:.0%}, of whole documents)" if whole else ""
+    print(f"source      {meta['source']}")
+    if whole:
+        print(f"documents   {counts['documents']:,} in {counts['files']:,} files")
+    if counts["broken"]:
+        print(f"skipped     {counts['broken']:,} broken records")
+    print(f"characters  {counts['characters']:,}")
+    print(f"tokens      {train + val:,} of {meta['tokenizer']}, {each:.2f} characters each")
+    print(f"split       {train:,} for training, {val:,} for validation{share}")
+    if config.val is None and not 0.5 < fraction / config.val_fraction < 2:
+        asked = f"--val_fraction {config.val_fraction:.0%}; --val FILE chooses the text"
+        print(f"WARNING     validation is {fraction:.0%}, {asked}")
+    if config.separator and counts["documents"] <= counts["files"]:
+        print(f"WARNING     --separator {config.separator!r} ends no document")
+    if counts["markers"]:
+        advice = f"--separator '{ENDOFTEXT}' ends documents there (in text files)"
+        print(f"WARNING     {counts['markers']:,} {ENDOFTEXT} are plain text; {advice}")
+
+
+# --- Bytes of tokens ------------------------------------------------------------------------------
+
+
+def hexadecimal(error: UnicodeDecodeError) -> tuple[str, int]:
+    """Show bytes that are not UTF-8 as <e7>: the error handler "hex" for decoding."""
+    wrong = error.object[error.start : error.end]
+    return "".join(f"<{byte:02x}>" for byte in wrong), error.end
+
+
+codecs.register_error("hex", hexadecimal)
+
+
+def decode_bytes(tokenizer: tiktoken.Encoding, ids: list[int]) -> bytes:
+    """Return the bytes of token ids."""
+    return b"".join(token_bytes(tokenizer, id) for id in ids)
+
+
+@functools.lru_cache(maxsize=4)
+def token_sizes(tokenizer: tiktoken.Encoding, vocab_size: int = 0) -> np.ndarray:
+    """Return the bytes of each id (V,) of a tokenizer or model; special tokens have none."""
+    sizes = np.zeros(max(vocab_size, tokenizer.n_vocab), dtype=np.int64)
+    for token, id in tokenizer._mergeable_ranks.items():
+        sizes[id] = len(token)
+    return sizes
+
+
+def token_bytes(tokenizer: tiktoken.Encoding, id: int) -> bytes:
+    """Return the bytes of one token; an id without a token gives U+FFFD in UTF-8."""
+    try:
+        return tokenizer.decode_single_token_bytes(id)
+    except KeyError:
+        return "\ufffd".encode()
+
+
+# --- Checks of a dataset --------------------------------------------------------------------------
+
+
 def read_meta(folder: Path) -> dict:
     """Return the contents of meta.json; without the file, the format of nanoGPT's datasets.
 
@@ -381,32 +413,6 @@ def fingerprint(ids: np.ndarray) -> str:
     for block in sample_blocks(ids):
         digest.update(block.tobytes())
     return digest.hexdigest()[:16]
-
-
-# --- A first reading may stop here ----------------------------------------------------------------
-
-
-def report(meta: dict, counts: Counter, config: PrepareConfig):
-    """Print what a dataset holds, and what may be wrong with it."""
-    train, val, whole = meta["train_tokens"], meta["val_tokens"], counts["documents"] > 1
-    fraction, each = val / (train + val), counts["characters"] / (train + val)
-    share = f" ({fraction:.0%}, of whole documents)" if whole else ""
-    print(f"source      {meta['source']}")
-    if whole:
-        print(f"documents   {counts['documents']:,} in {counts['files']:,} files")
-    if counts["broken"]:
-        print(f"skipped     {counts['broken']:,} broken records")
-    print(f"characters  {counts['characters']:,}")
-    print(f"tokens      {train + val:,} of {meta['tokenizer']}, {each:.2f} characters each")
-    print(f"split       {train:,} for training, {val:,} for validation{share}")
-    if config.val is None and not 0.5 < fraction / config.val_fraction < 2:
-        asked = f"--val_fraction {config.val_fraction:.0%}; --val FILE chooses the text"
-        print(f"WARNING     validation is {fraction:.0%}, {asked}")
-    if config.separator and counts["documents"] <= counts["files"]:
-        print(f"WARNING     --separator {config.separator!r} ends no document")
-    if counts["markers"]:
-        advice = f"--separator '{ENDOFTEXT}' ends documents there (in text files)"
-        print(f"WARNING     {counts['markers']:,} {ENDOFTEXT} are plain text; {advice}")
 
 
 # --- Files, formats and streams -------------------------------------------------------------------
