@@ -67,7 +67,7 @@ class TrainConfig(GPTConfig):
     batch_size: int = 8  # sequences per update, over all processes
     micro_batch_size: int | None = None  # sequences per forward pass and process; none: no limit
     shift_windows: bool = True  # cut the text at another offset in every epoch (the book: no)
-    short_context_iters: int = 0  # first updates, with half the context and twice the sequences
+    short_context_iters: int = 0  # number of first updates with half the context, twice the rows
     seed: int = 1337  # seeds initial weights, order of the data, and dropout
     # Updates
     max_iters: int = 1000  # number of updates
@@ -401,7 +401,7 @@ def sequences_per_pass(config: TrainConfig) -> int:
 
 
 def split_batch(x: torch.Tensor, y: torch.Tensor, config: TrainConfig) -> list[tuple]:
-    """Return the inputs and targets of each micro batch; with half the context, twice as many."""
+    """Return inputs and targets of each micro batch; two half windows count as one sequence."""
     size = sequences_per_pass(config) * config.context_length // x.shape[1]
     return list(zip(x.split(size), y.split(size)))
 
