@@ -429,8 +429,8 @@ NO_TEXT = {
     "PostScript or RTF": (b"%!PS", b"{\\rtf"),
     "compressed: unpack it first": (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"(\xb5/\xfd"),
     "a zip archive, such as .docx or .epub": (b"PK\3\4",),
-    "a .parquet file by another name": (b"PAR1",),
-    "a picture": (b"\x89PNG", b"\xff\xd8\xff", b"GIF8"),
+    "a .parquet file by another name": (b"PAR1\x15",),
+    "a picture": (b"\x89PNG", b"\xff\xd8\xff", b"GIF87a", b"GIF89a"),
     "UTF-16: convert it with iconv -f UTF-16 -t UTF-8": (b"\xff\xfe", b"\xfe\xff"),
 }
 
@@ -636,8 +636,6 @@ def read_texts(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tup
         yield path, file.read(LARGEST_DOCUMENT + 1), functools.partial(to_text, where=path)
         return
     separator, rest, number, block = config.separator.encode(), b"", 0, b" "
-    if file.peek(3).startswith(codecs.BOM_UTF8):
-        file.read(len(codecs.BOM_UTF8))
     while block:
         block = file.read(2**20)
         *documents, rest = (rest + block).split(separator)
@@ -645,8 +643,9 @@ def read_texts(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tup
             rest = rest[: LARGEST_DOCUMENT + 1] + b"\xff" + rest[-len(separator) :]
         for document in documents if block else [*documents, rest]:
             number += 1
-            if document := document.strip(b"\r\n"):
-                yield f"{path}, document {number:,}", document, bytes.decode
+            if document := document.removeprefix(codecs.BOM_UTF8).strip(b"\r\n"):
+                where = f"{path}, document {number:,}"
+                yield where, document, functools.partial(to_text, where=where)
 
 
 def read_jsonl(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tuple]:

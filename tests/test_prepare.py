@@ -903,9 +903,11 @@ NO_TEXTS = {
 def test_files_that_are_no_text(command, folder, message):
     (folder / "a.txt").write_bytes(NO_TEXTS[message])
     (folder / "b.txt").write_text("good")
-    for sources in (["a.txt"], ["b.txt", "a.txt"], ["b.txt", "--val=a.txt"]):
+    separated = ["b.txt", "a.txt", "--separator=##"]
+    for sources in (["a.txt"], ["b.txt", "a.txt"], ["b.txt", "--val=a.txt"], separated):
         code, _, err = command("prepare.py", *sources, "--tokenizer=bytes")
-        assert code == 2 and "a.txt is not " in err and message in err and err.count("\n") == 1
+        where = "a.txt, document 1" if sources == separated else "a.txt"
+        assert code == 2 and f"{where} is not " in err and message in err and err.count("\n") == 1
     with pytest.raises(config.UserError):
         prepare.read_text("a.txt")  # a prompt, a text to score
 
