@@ -252,9 +252,9 @@ def train(config: TrainConfig, run_id: str) -> int:
         if evaluation_is_due(config, step, log.lines):
             val_loss = evaluate(gpt, splits, autocast, text, log, step, signals)
             if val_loss < best_val_loss:
-                best_val_loss = val_loss
-                if config.save_best and step > 0:
-                    save("best.ckpt")
+                before, best_val_loss = best_val_loss, val_loss
+                if config.save_best and step > 0 and not save("best.ckpt"):
+                    best_val_loss = before  # the loss of the file, which is unchanged
         if step != saved_step and checkpoint_is_due(config, step, log.clock) and save():
             saved_step = step
         if step >= config.max_iters or any_rank(signals) or skipped >= config.max_skipped:

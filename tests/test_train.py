@@ -859,6 +859,19 @@ def test_save_best(command, dataset):
     assert code == 2 and "has no optimizer to resume with: use --init_from out/model.ckpt" in err
 
 
+def test_a_best_checkpoint_that_cannot_be_written(command, folder, dataset):
+    """The next loss below that of the file is saved, also if it is not the lowest so far."""
+    (folder / "out/best.ckpt.tmp").mkdir(parents=True)
+    code, out, _ = command("train.py", *TINY, "--save_best")
+    losses = [line["val_loss"] for line in metrics("out") if "val_loss" in line]
+    assert code == 0 and "best.ckpt NOT SAVED" in out and min(losses) < losses[0]
+    assert load("out/model.ckpt")["best_val_loss"] == losses[0]
+    (folder / "out/best.ckpt.tmp").rmdir()
+    argv = ["--init_from=resume", "--max_iters=9", "--learning_rate=0", "--min_lr=0"]  # no change
+    assert command("train.py", *argv)[0] == 0
+    assert load("out/best.ckpt")["best_val_loss"] == losses[-1] < losses[0]
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
