@@ -92,7 +92,7 @@ class CausalSelfAttention(nn.Module):
         # softmax(q k^T / sqrt(D) + mask) v: the causal mask is -inf where a key comes after the
         # query. A single query is the newest token, so that there is nothing to mask.
         dropout_p = self.dropout if self.training else 0.0
-        y = attention(q, k, v, is_causal=T > 1, dropout_p=dropout_p)  # (B, H, T, D)
+        y = attention(q, k, v, dropout_p)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C).to(qkv.dtype)  # concatenate the heads
         return self.c_proj(y)
 
@@ -215,8 +215,9 @@ class GPT(nn.Module):
         numbers from `seed` and its own number, independently of other rows. After `stop_token` a
         row repeats it; generation ends once all rows have produced it.
 
-        With `use_cache` (see `stream`) each token is computed once; without, the whole context is
-        computed for every new token.
+        With `use_cache` (see `stream`) each token is computed once, and a full context is cut to
+        its last half; without, the last `context_length` tokens are computed for every new token.
+        Both give the same tokens until the context is full.
         """
         if not isinstance(idx, Tensor) or idx.dim() != 2 or not idx.numel():
             advice = "for a text, give torch.tensor([tokenizer.encode(text)])"
@@ -479,15 +480,16 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training and self.p else x
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, dropout_p: float) -> Tensor:
-    """Return `F.scaled_dot_product_attention(q, k, v, is_causal, dropout_p)`, (B, H, T, D).
+def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
+    """Return causal attention (B, H, T, D), by `F.scaled_dot_product_attention`.
 
+    q, k and v are (B, H, T, D); a single query (B, H, 1, D) attends to all keys.
     On a CPU with dropout, or in 16 bits up to 512 tokens, where a matrix (T, T) needs little
     memory, this function is slower than its formula written out.
     """
     B, _, T, D = q.shape
     if not q.is_cpu or not (dropout_p or (T <= 512 and q.dtype != torch.float32)):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, dropout_p=dropout_p)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=dropout_p)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B H, T, D)
     mask = q.new_full((T, T), -math.inf).triu(1)  # -inf for the later positions of each row
     weights = torch.baddbmm(mask, q, k.mT, alpha=1 / math.sqrt(D)).softmax(dim=-1)  # (B H, T, T)

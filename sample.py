@@ -87,8 +87,11 @@ def main(argv: list[str]):
         device, dtype = choose_device(config.device, config.dtype)
         name = config.init_from
         gpt, saved = load_model(name) if name else load_checkpoint(config.ckpt)
+    if name and "ckpt" in config.given:
+        raise UserError("--ckpt and --init_from exclude each other: leave one out")
     saved.pop("optimizer", None)  # releases its memory
     if config.export is not None:
+        gpt = gpt.to(torch.float32 if config.dtype == "auto" else dtype)
         return export(gpt, saved["tokenizer"], config.export)
     if saved["tokenizer"] is None:
         reason = f"the model's tokenizer is not known ({saved.get('vocabulary')})"
@@ -198,7 +201,7 @@ def alternatives(id: int, logits: torch.Tensor, k: int, tokenizer) -> str:
     return f"{first:<{max(0, 24 - wide)}} of  {others}"
 
 
-BATCH_NUMBERS = 2**25  # of a forward pass's logits, or of a layer, while scoring
+BATCH_NUMBERS = 2**25  # numbers in the largest tensor of a forward pass while scoring
 
 
 def read_validation(saved: dict) -> torch.Tensor:

@@ -106,12 +106,12 @@ class TrainConfig(GPTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        rates = "learning_rate embedding_learning_rate head_learning_rate initial_lr min_lr "
-        rates += "warmup_iters short_context_iters weight_decay grad_clip seed"
-        sizes = "batch_size micro_batch_size max_iters max_skipped muon_interval log_interval "
-        sizes += "eval_interval eval_iters checkpoint_interval"
+        from_0 = "learning_rate embedding_learning_rate head_learning_rate initial_lr min_lr "
+        from_0 += "warmup_iters short_context_iters weight_decay grad_clip seed"
+        from_1 = "batch_size micro_batch_size max_iters max_skipped muon_interval log_interval "
+        from_1 += "eval_interval eval_iters checkpoint_interval"
         fractions = {"[0, 1)": "beta1 beta2 momentum", "(0, 1]": "cooldown_fraction"}
-        check_ranges(self, fractions | {"[0, inf)": rates, "[1, 1e12)": sizes})
+        check_ranges(self, fractions | {"[0, inf)": from_0, "[1, 1e12)": from_1})
         if self.short_context_iters and self.context_length % 2:
             raise ValueError("short_context_iters needs an even context_length")
         if self.optimizer == "muon" and self.parallel == "fsdp":
@@ -145,10 +145,7 @@ def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 
         rng = np.random.default_rng([config.seed, epoch])
         offset = rng.integers(len(stream)) if config.shift_windows else 0
         starts[here] = offset + config.context_length * permute(places[here], windows, rng)
-    tokens = read_windows(stream, starts, config)  # (B, T + 1)
-    if torch.device(device).type == "cuda":
-        tokens = tokens.pin_memory()  # is copied while the GPU computes
-    tokens = tokens.to(device, non_blocking=True)
+    tokens = read_windows(stream, starts, config).to(device)  # (B, T + 1)
     x, y = tokens[:, :-1], tokens[:, 1:]
     if step < config.short_context_iters:  # Press et al. 2021, "Shortformer"
         x, y = x.reshape(2 * B, -1), y.reshape(2 * B, -1)  # (2 B, T / 2)
@@ -191,7 +188,7 @@ def estimate_loss(
         windows = math.ceil((len(stream) - 1) / T)  # the last one may be short
         count = min(windows, config.eval_iters * config.batch_size)
         starts = np.arange(count) * windows // count * T
-        sums, counts, sizes = [], [], []  # losses, tokens and bytes of the batches of this rank
+        batches = []  # the summed loss, tokens and bytes of each batch of this rank
         for first in range(B * get_rank(), count + B * get_rank(), B * get_world_size()):
             if any_rank(signals):
                 return {}
@@ -203,13 +200,11 @@ def estimate_loss(
             with evaluation_mode(gpt), autocast:
                 loss = gpt(x.to(device), y.to(device))
             counted = y[: len(mine)][y[: len(mine)] >= 0].numpy()
-            sums.append(loss.item() * len(counted))
-            counts.append(len(counted))
-            sizes.append(0 if token_sizes is None else int(token_sizes[counted].sum()))
-        total, count, size = (  # fsum is exact in any order
-            math.fsum(itertools.chain(*all_gather(x))) for x in (sums, counts, sizes)
-        )
-        losses[name] = total / count
+            size = 0 if token_sizes is None else int(token_sizes[counted].sum())
+            batches.append((loss.item() * len(counted), len(counted), size))
+        batches = itertools.chain(*all_gather(batches))
+        total, targets, size = map(math.fsum, zip(*batches))  # fsum is exact in any order
+        losses[name] = total / targets
         if size:
             losses[f"{name}_bits_per_byte"] = total / math.log(2) / size
     return losses
@@ -251,6 +246,8 @@ def train(config: TrainConfig, run_id: str) -> int:
     while True:
         if evaluation_is_due(config, step, log.lines):
             val_loss = evaluate(gpt, splits, autocast, text, log, step, signals)
+            if step > 0:
+                saved_step = -1  # no checkpoint has this evaluation yet
             if val_loss < best_val_loss:
                 before, best_val_loss = best_val_loss, val_loss
                 if config.save_best and step > 0 and not save("best.ckpt"):
@@ -310,7 +307,8 @@ def set_lr(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConf
 
 
 def evaluation_is_due(config: TrainConfig, step: int, lines: list[dict]) -> bool:
-    done = any(line["step"] == step and "val_loss" in line for line in lines[-2:])  # resumed
+    """Return whether to evaluate at `step`; a resumed run may have done it already."""
+    done = any(line["step"] == step and "val_loss" in line for line in lines[-1:])
     return not done and (step % config.eval_interval == 0 or step == config.max_iters)
 
 
@@ -321,7 +319,8 @@ def evaluate(gpt: GPT, splits: dict, autocast, text: "Text", log, step: int, sig
     if not losses:  # a signal has stopped it
         return math.nan
     train, val = losses["train"], losses["val"]
-    perplexity = math.exp(min(val, 700))  # number of equally likely tokens with the same loss
+    # The number of equally likely tokens with the same loss; infinite for a loss above 709.
+    perplexity = torch.tensor(val, dtype=torch.float64).exp().item()
     line = f"training loss {train:.4f}  validation loss {val:.4f}  perplexity {perplexity:,.2f}"
     values = dict(train_loss=train, val_loss=val, val_perplexity=perplexity)
     if bits := losses.get("val_bits_per_byte"):
@@ -419,7 +418,7 @@ def to_numbers(loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
 
 
 class Text(NamedTuple):
-    """A dataset's tokenizer, for evaluations; the defaults if it is not known."""
+    """What evaluations need of a dataset's tokenizer; the defaults if it cannot be loaded."""
 
     tokenizer: object = None  # a tiktoken.Encoding, in rank 0
     token_sizes: np.ndarray | None = None  # bytes of each token id (V,)
@@ -458,13 +457,10 @@ def write_sample(gpt: GPT, text: Text, log: "Log", autocast):
     """Print the prompt and its 40 likeliest next tokens, up to <|endoftext|>."""
     if not text.prompt or (get_rank() > 0 and not is_sharded(gpt)):
         return
-    idx, end = torch.tensor([text.prompt], device=log.device), text.end
-    if is_sharded(gpt):  # every rank runs each forward pass
-        with autocast:
-            idx = gpt.generate(idx, 40, temperature=0, stop_token=end, use_cache=False)
-    else:
-        writer = prepack(gpt, log.dtype) if log.device.type == "cpu" else gpt  # a faster copy
-        idx = writer.generate(idx, 40, temperature=0, stop_token=end)
+    idx, sharded = torch.tensor([text.prompt], device=log.device), is_sharded(gpt)
+    writer = prepack(gpt, log.dtype) if log.device.type == "cpu" else gpt  # a faster copy
+    with autocast if sharded else contextlib.nullcontext():  # sharded: all ranks run each pass
+        idx = writer.generate(idx, 40, temperature=0, stop_token=text.end, use_cache=not sharded)
     if get_rank() == 0:
         sample = prepare.decode(text.tokenizer, idx[0].tolist()).removesuffix(prepare.ENDOFTEXT)
         print0("      " + " ".join(sample.split()))
@@ -487,7 +483,9 @@ def load_weights(config: TrainConfig, run_id: str) -> tuple[TrainConfig, GPT | N
     if config.init_from == "resume":
         return resume(config, path)
     moved = [Path(config.out_dir, name).resolve() for name in RUN_FILES]
-    if os.path.isfile(config.init_from) and Path(config.init_from).resolve() in moved:
+    source = Path(config.init_from)
+    source = source / "model.ckpt" if source.is_dir() else source
+    if source.is_file() and source.resolve() in moved:
         reason = "would be moved away by this run: give another --out_dir"
         raise UserError(f"{config.init_from} {reason}")
     with user_errors():
@@ -503,8 +501,9 @@ def restarted_from(path: str, run_id: str) -> bool:
     if max(all_gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))) == 0:
         return False
     found = None
-    with contextlib.suppress(ValueError):
-        found = read_checkpoint(path).get("run_id") if get_rank() == 0 else None
+    if get_rank() == 0 and os.path.exists(path):
+        with user_errors():  # torchrun's next restart tries again
+            found = read_checkpoint(path).get("run_id")
     return all_gather(found)[0] == run_id
 
 
@@ -514,12 +513,10 @@ def resume(config: TrainConfig, path: str) -> tuple[TrainConfig, GPT, dict]:
         dropout = {"dropout": config.dropout} if "dropout" in config.given else {}
         gpt, saved = load_model(path, **dropout)
     wanted = dict(optimizer=dict, scaler=dict, config=dict, dataset=str, step=int)
-    wanted |= dict(best_val_loss=float, run_id=str, metrics=list)
+    wanted |= dict(best_val_loss=float, metrics=list)
     for name, kind in wanted.items():
-        if type(saved.get(name)) is not kind or (name == "step" and saved[name] < 0):
+        if type(saved.get(name)) is not kind:
             raise UserError(f"{path} has no {name} to resume with: use --init_from {path}")
-    if not all(isinstance(x, dict) and {"step", "seconds"} <= x.keys() for x in saved["metrics"]):
-        raise UserError(f"{path} has no metrics to resume with: use --init_from {path}")
     types = typing.get_type_hints(TrainConfig)
     own = (types.keys() & saved["config"].keys()) - {"init_from", "out_dir"}
     settings = {name: check_type(name, saved["config"][name], types[name]) for name in own}
@@ -603,7 +600,9 @@ def save_checkpoint(
     val_losses = [line["val_loss"] for line in log.lines if "val_loss" in line]
     reason = "the validation loss is not finite" if val_losses[-1:] == [None] else ""
     if skipped > 1 or skipped == config.max_skipped or log.waiting:
-        reason = f"the last {skipped:,} updates were skipped: lower --learning_rate"
+        # The scale of float16 falls by itself.
+        advice = "" if state["scaler"] else "; lower --learning_rate"
+        reason = f"updates skipped in a row: {skipped:,}{advice}"
     if reason:
         print0(f"{path.as_posix()} NOT SAVED: {reason}")
         return False
@@ -698,7 +697,10 @@ class Log:
         values = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.lines.append({"step": step, "seconds": seconds} | values)
         if self.wandb:
-            self.wandb.log(self.lines[-1], step=step)
+            try:
+                self.wandb.log(self.lines[-1], step=step)
+            except Exception as error:  # a lost connection must not end the run
+                print0(f"wandb lacks the line of step {step:,}: {error}")
         self.flush()
 
     def flush(self):
@@ -783,17 +785,17 @@ def describe(config: TrainConfig, meta: dict, step: int, device: torch.device, d
         print0(f"all {step:,} updates are done; a larger --max_iters goes on from here")
     if config.warmup_iters >= config.max_iters:
         print0(f"warning: a warm-up of {config.warmup_iters:,} updates never ends in this run")
+    if config.min_lr > config.learning_rate and config.lr_schedule != "constant":
+        print0(f"warning: the learning rate rises to min_lr, {config.min_lr:g}")
 
 
 def gpu_use(log: Log, rate: float) -> str:
-    """Return a log line's share of the card's peak FLOP/s (MFU), if known, and memory in use."""
+    """Return a log line's TFLOP/s and memory in use of each GPU; empty on other devices."""
     if log.device.type != "cuda":
         return ""
-    memory = f"  {torch.cuda.max_memory_allocated(log.device) / 1e9:.1f} GB"
-    peak = peak_flops(torch.cuda.get_device_name(log.device))
-    if peak is None or log.dtype == torch.float32:
-        return memory
-    return f"  MFU {rate * flops_per_token(log.config) / peak / get_world_size():.0%}{memory}"
+    flops = rate * flops_per_token(log.config) / get_world_size()
+    memory = torch.cuda.max_memory_allocated(log.device)
+    return f"  {flops / 1e12:,.0f} TFLOP/s  {memory / 1e9:.1f} GB"
 
 
 def plot(config: TrainConfig, lines: list[dict], train_tokens: int):
@@ -848,26 +850,12 @@ def start_wandb(config: TrainConfig, id: str | None):
 
 RENDEZVOUS = timedelta(minutes=5)  # how long ranks wait for one another at the start
 
-# Dense bfloat16 or float16 TFLOP/s of cards, from the data sheets of NVIDIA and AMD.
-PEAKS = """
-H100 PCIe 756, H100 NVL 835, H200 NVL 835, H100 989, H200 989, GH200 989, B200 2250, A100 312,
-A40 150, A30 165, A10G 70, A10 125, L40S 362, L40 181, L4 121, V100 125, T4 65,
-RTX 5090 210, RTX 4090 165, RTX 4080 97, RTX 3090 71, RTX 3080 60, RTX A6000 155, RTX 6000 Ada 364,
-MI300X 1307
-"""
-
-
-def peak_flops(card: str) -> float | None:
-    """Return the peak FLOP/s of the GPU that PyTorch calls `card`; None for unknown cards."""
-    for entry in PEAKS.split(","):
-        name, _, tera = entry.strip().rpartition(" ")
-        if re.search(rf"\b{name}\b(?!.*Laptop)", card):
-            return float(tera) * 1e12
-    return None
-
 
 def get_precision(config: TrainConfig):
-    """Return the device, the dtype of matrix products, their autocast, and a gradient scaler."""
+    """Return the device, the dtype of matrix products, their autocast, and a gradient scaler.
+
+    On a CPU this also keeps freed memory in the process.
+    """
     with user_errors():
         device, dtype = choose_device(config.device, config.dtype)
     if device.type == "cpu":
@@ -1067,9 +1055,9 @@ def open_out_dir(folder: str):
 
 
 def leave(exit_code: int):
-    """End the program; under torchrun without Python's cleanup, in which gloo's threads may abort.
+    """End the program; under torchrun without the end of the interpreter after its exit functions.
 
-    See https://github.com/pytorch/pytorch/pull/179291
+    gloo's threads may abort in it: https://github.com/pytorch/pytorch/pull/179291
     """
     if "RANK" in os.environ:
         atexit._run_exitfuncs()
@@ -1133,7 +1121,7 @@ def is_sharded(gpt: GPT) -> bool:
 
 def set_grad_sync(model: torch.nn.Module, sync: bool):
     """Choose whether the next backward pass averages gradients over ranks or only adds to them."""
-    if hasattr(model, "set_requires_gradient_sync"):  # FSDP
+    if is_sharded(model):
         model.set_requires_gradient_sync(sync)
     elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = sync  # as its no_sync() does

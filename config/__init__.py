@@ -22,8 +22,8 @@ import sys
 import typing
 from pathlib import Path
 
-# If a standard stream is closed, give its number to /dev/null: otherwise the next file to be opened
-# gets the number, and everything that is printed.
+# Open /dev/null in place of closed standard streams: otherwise the next file opened gets their
+# number and receives what is printed.
 while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
     pass
 os.close(descriptor)
@@ -82,7 +82,7 @@ def run(main):
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in str(error) and not isinstance(error, MemoryError):
             raise
-        stop("out of memory: use a smaller batch, context or model", 2)
+        stop("out of memory; training takes less with a smaller batch, context or model", 2)
     except OSError as error:
         if error.filename is not None:
             raise
@@ -268,8 +268,10 @@ def atomic_write(path):
         raise
     with contextlib.suppress(OSError):  # the new name, too; some file systems refuse it
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextlib.contextmanager

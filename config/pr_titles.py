@@ -1,4 +1,4 @@
-"""A small model on the titles of pull requests: d_model 80, 500 updates at a constant rate.
+"""A small model on the titles of pull requests: 80 channels, 500 updates at a constant rate.
 
 Needs a CSV (or any other text) of titles, a few hundred kilobytes; it is read as plain text:
 
@@ -20,7 +20,6 @@ max_iters = 500
 learning_rate = 1e-3
 lr_schedule = "constant"
 warmup_iters = 0
-seed = 1337
 
 eval_interval = 50
 eval_iters = 10

@@ -357,6 +357,24 @@ def run_prepare(folder: str, workers: int) -> tuple[float, float]:
 # --- A GPU ----------------------------------------------------------------------------------------
 
 
+# Dense bfloat16 or float16 TFLOP/s of cards, from the data sheets of NVIDIA and AMD.
+PEAKS = """
+H100 PCIe 756, H100 NVL 835, H200 NVL 835, H100 989, H200 989, GH200 989, B200 2250, A100 312,
+A40 150, A30 165, A10G 70, A10 125, L40S 362, L40 181, L4 121, V100 125, T4 65,
+RTX 5090 210, RTX 4090 165, RTX 4080 97, RTX 3090 71, RTX 3080 60, RTX A6000 155, RTX 6000 Ada 364,
+MI300X 1307
+"""
+
+
+def peak_flops(card: str) -> float | None:
+    """Return the peak FLOP/s of the GPU that PyTorch calls `card`; None for unknown cards."""
+    for entry in PEAKS.split(","):
+        name, _, tera = entry.strip().rpartition(" ")
+        if re.search(rf"\b{name}\b(?!.*Laptop)", card):
+            return float(tera) * 1e12
+    return None
+
+
 class Card:
     """A GPU, the sizes of models for it, and the FLOP/s of its matrix products in bfloat16."""
 
@@ -377,8 +395,8 @@ class Card:
             self.sizes = dict.fromkeys(self.sizes, shape)
         self.compile = partial(torch.compile, dynamic=False, backend=backend)
         self.peak = math.nan
-        if self.device.type == "cuda" and train is not None:
-            self.peak = train.peak_flops(torch.cuda.get_device_name(self.device)) or math.nan
+        if self.device.type == "cuda":
+            self.peak = peak_flops(torch.cuda.get_device_name(self.device)) or math.nan
         self.ceiling = self.product(self.square, self.square, self.square)
 
     def product(self, m: int, k: int, n: int) -> float:

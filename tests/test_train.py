@@ -488,7 +488,7 @@ GAIN = "transformer.ln_f.weight"
         (put("scaler"), "has no scaler to resume with"),
         (put("metrics"), "has no metrics to resume with"),  # the first version had none
         (put("config", value=3), "has no config to resume with"),
-        (put("step", value=-5), "has no step to resume with"),
+        (put("step"), "has no step to resume with"),
         (put("config", "batch_size", value="x"), "batch_size is 'x'; it must be int"),
         (put("optimizer", GAIN), "the optimizer's state does not fit the model"),
         (put("optimizer", GAIN, "exp_avg", value=torch.zeros(1)), "state does not fit the model"),
@@ -735,7 +735,7 @@ def test_weights_after_several_skipped_updates_replace_no_checkpoint(command, da
     poison(monkeypatch, range(4, 100))
     code, out, _ = command("train.py", *TINY, "--checkpoint_interval=2", "--log_interval=50")
     assert code == 1 and out.count(" skipped: loss") == 3
-    assert "out/model.ckpt NOT SAVED: the last 3 updates were skipped" in out
+    assert "out/model.ckpt NOT SAVED: updates skipped in a row: 3" in out
     assert load()["step"] == 4
 
 
@@ -746,7 +746,7 @@ def test_training_stops_after_several_in_a_row(command, dataset, monkeypatch, lo
         poison(patch, range(12, 100))
         code, out, err = command("train.py", *TINY, *argv, f"--log_interval={log_interval}")
     assert (code, err) == (1, "") and out.count(" skipped: loss") == 4
-    assert "NOT SAVED: the last 4 updates were skipped: lower --learning_rate" in out
+    assert "NOT SAVED: updates skipped in a row: 4; lower --learning_rate" in out
     assert "\n15 updates in" in out and load()["step"] == 10
     assert command("train.py", "--init_from=resume")[0] == 0
 
@@ -755,7 +755,7 @@ def test_losses_that_are_all_nan(command, dataset, folder, monkeypatch):
     monkeypatch.setattr(train, "estimate_loss", lambda *_: dict(train=math.nan, val=math.nan))
     poison(monkeypatch, range(1, 100), lambda loss: loss * math.nan)
     code, out, err = command("train.py", *TINY)
-    assert (code, err) == (1, "") and "NOT SAVED: the last 6 updates were skipped" in out
+    assert (code, err) == (1, "") and "NOT SAVED: updates skipped in a row: 6" in out
     assert "loss.png" not in out and not (folder / "out").exists()
 
 
@@ -811,17 +811,6 @@ def test_compiled_updates_are_the_same(command, dataset, monkeypatch):
     assert len(calls) == 2 + 2 * 6  # two micro batches in a trial and in each update
     assert metrics("a") == metrics("b")
     assert differences(*(load(f"{x}/model.ckpt")["model"] for x in "ab")) == []
-
-
-PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12, "NVIDIA H200 NVL": 835e12}
-PEAKS |= {"NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA L40S": 362e12, "NVIDIA L40": 181e12}
-PEAKS |= {"NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 4090 Laptop GPU": None}
-PEAKS |= {"Quadro T400": None, "NVIDIA GeForce GTX 1080": None}
-
-
-@pytest.mark.parametrize("card", PEAKS)
-def test_the_peak_of_a_card_is_its_own_or_none(card):
-    assert train.peak_flops(card) == PEAKS[card]
 
 
 def test_float16_with_its_scaler(command, dataset):
@@ -1050,23 +1039,24 @@ def test_weights_that_the_run_would_move_are_refused(command, dataset, folder):
     assert command("train.py", *TINY, "--init_from=mine.ckpt", "--out_dir=.")[0] == 0
 
 
+@pytest.mark.parametrize("call", [9, 16])  # in the evaluations after 3 and, the last, 6 updates
 def test_a_signal_stops_an_evaluation_and_resuming_makes_up_for_it(
-    command, dataset, folder, monkeypatch
+    command, dataset, folder, monkeypatch, call
 ):
     assert command("train.py", *TINY, "--out_dir=whole")[0] == 0
     original, calls = train.read_windows, []
 
     def read_windows(stream, starts, config):
         calls.append(len(calls))
-        if len(calls) == 9:  # in the evaluation after 3 updates, whose first batch is number 8
+        if len(calls) == call:
             signal.raise_signal(signal.SIGINT)
-        assert len(calls) < 10
+        assert len(calls) <= call
         return original(stream, starts, config)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "read_windows", read_windows)
         assert command("train.py", *TINY)[0] == 130
-    assert [x["step"] for x in metrics("out") if "val_loss" in x] == [0]
+    assert [x["step"] for x in metrics("out") if "val_loss" in x] == [0, 3][: call // 8]
     assert command("train.py", "--init_from=resume")[0] == 0
     assert differences(result("whole"), result("out")) == []
 
