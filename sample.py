@@ -83,12 +83,12 @@ class SampleConfig:
 
 def main(argv: list[str]):
     config = parse(SampleConfig, argv)
-    with user_errors():
-        device, dtype = choose_device(config.device, config.dtype)
-        name = config.init_from
-        gpt, saved = load_model(name) if name else load_checkpoint(config.ckpt)
+    name = config.init_from
     if name and "ckpt" in config.given:
         raise UserError("--ckpt and --init_from exclude each other: leave one out")
+    with user_errors():
+        device, dtype = choose_device(config.device, config.dtype)
+        gpt, saved = load_model(name) if name else load_checkpoint(config.ckpt)
     saved.pop("optimizer", None)  # releases its memory
     if config.export is not None:
         gpt = gpt.to(torch.float32 if config.dtype == "auto" else dtype)

@@ -790,7 +790,7 @@ def describe(config: TrainConfig, meta: dict, step: int, device: torch.device, d
 
 
 def gpu_use(log: Log, rate: float) -> str:
-    """Return a log line's TFLOP/s and memory in use of each GPU; empty on other devices."""
+    """Return the TFLOP/s and peak memory of each GPU for a log line; empty on other devices."""
     if log.device.type != "cuda":
         return ""
     flops = rate * flops_per_token(log.config) / get_world_size()

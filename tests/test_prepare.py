@@ -607,6 +607,7 @@ def test_a_record_that_is_too_large_is_skipped_alone(command, folder, monkeypatc
         (["nowhere.txt"], "cannot read nowhere.txt: no file found"),
         (["empty.txt"], "empty.txt is empty"),
         (["latin.txt"], "latin.txt is not UTF-8 text (see byte 4): convert it with iconv"),
+        (["good.txt", "--field=title"], "--field is for .jsonl and .parquet files"),
         (["one.txt"], "one.txt: no text is left for train.bin; give more text"),
         (["good.txt", "--tokenizer", "gpt9"], "no tokenizer 'gpt9'; choose from: bytes, gpt2"),
         (["good.txt", "--tokenizer=bpe:x"], "bpe:x needs a number of ids from 257 to 1,048,576"),

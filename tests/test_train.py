@@ -873,7 +873,7 @@ def flip(path):
         (lambda d: (d / "train.bin").write_bytes(b"\1\0" * 99), "99 uint16 ids and 0 bytes over"),
         (lambda d: (d / "val.bin").write_bytes((d / "val.bin").read_bytes()[:-1]), "1 bytes over"),
         (lambda d: (d / "val.bin").unlink(), "there is no data/words/val.bin"),
-        (lambda d: flip(d / "train.bin"), "train.bin is not what meta.json describes"),
+        (lambda d: flip(d / "train.bin"), "train.bin is incomplete, damaged or of another preparation"),
         (lambda d: (d / "meta.json").write_text('{"dtype": "O"}'), "meta.json cannot be used"),
         (lambda d: (d / "meta.json").write_bytes(b"\xff\xfe"), "meta.json cannot be used"),
     ],
@@ -1031,8 +1031,9 @@ def test_a_run_saves_at_evaluations(command, dataset, folder, monkeypatch):
 def test_weights_that_the_run_would_move_are_refused(command, dataset, folder):
     command("train.py", *TINY, "--save_best")
     before = (folder / "out/best.ckpt").read_bytes()
-    code, _, err = command("train.py", *TINY, "--init_from=out/best.ckpt")
-    assert code == 2 and "give another --out_dir" in err and err.count("\n") == 1
+    for source in ("out/best.ckpt", "out"):
+        code, _, err = command("train.py", *TINY, f"--init_from={source}")
+        assert code == 2 and "give another --out_dir" in err and err.count("\n") == 1
     assert (folder / "out/best.ckpt").read_bytes() == before
     assert command("train.py", *TINY, "--init_from=out/best.ckpt", "--out_dir=b")[0] == 0
     (folder / "mine.ckpt").write_bytes(before)  # is not moved
@@ -1091,6 +1092,9 @@ def test_training_goes_on_without_a_vocabulary(command, dataset, monkeypatch):
 def test_a_warmup_that_never_ends_is_said(command, dataset):
     _, out, _ = command("train.py", *TINY, "--warmup_iters=1000")
     assert "warning: a warm-up of 1,000 updates never ends in this run" in out
+    assert "warning: the learning rate rises" not in out
+    out = command("train.py", *TINY, "--learning_rate=3e-5")[1]
+    assert "warning: the learning rate rises to min_lr, 6e-05" in out
 
 
 def test_weights_of_an_unknown_tokenizer_are_not_trained(command, dataset, folder):
