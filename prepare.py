@@ -230,21 +230,18 @@ def save_dataset(
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        # `atomic_write` renames its file at the end of its block: meta.json, tokenizer.json,
-        # val.bin, train.bin.
-        own = contextlib.nullcontext()
-        if vocabulary:
-            meta["tokenizer_sha256"] = hashlib.sha256(vocabulary.encode()).hexdigest()
-            own = atomic_write(folder / "tokenizer.json")
-        train, val = atomic_write(folder / "train.bin"), atomic_write(folder / "val.bin")
-        with train as train, val as val, own as file:
+        names = ["train.bin", "val.bin", *(["tokenizer.json"] if vocabulary else [])]
+        with contextlib.ExitStack() as stack:  # which renames the last of them first
+            files = {name: stack.enter_context(atomic_write(folder / name)) for name in names}
             if vocabulary:
-                file.write(vocabulary.encode())
-                file.flush()
-            yield {"train": train, "val": val}
-            for split, file in (("train", train), ("val", val)):
+                meta["tokenizer_sha256"] = hashlib.sha256(vocabulary.encode()).hexdigest()
+                files["tokenizer.json"].write(vocabulary.encode())
+            yield {split: files[f"{split}.bin"] for split in ("train", "val")}
+            for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())  # if the disk is full, fail before the first rename
+            for split in ("train", "val"):
+                file = files[f"{split}.bin"]
                 if not file.tell():
                     raise UserError(
                         f"{meta['source']}: no text is left for {split}.bin; give more text, "
