@@ -289,12 +289,11 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(command, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     gpt = GPT(GPTConfig(257, 8, 1, 1, 8))
     torch.save({"model": gpt.state_dict(), "model_args": asdict(gpt.config)}, "gpt.ckpt")
-    reasons = {
-        "--init_from=gpt2": "gpt2 is not a file or folder here, and",
-        "--export=a": "--export",
-    }
-    for option, what in reasons.items():
-        code, _, err = command("sample.py", "--ckpt=gpt.ckpt", option)
+    for argv, what in (
+        (["--init_from=gpt2"], "gpt2 is not a file or folder here, and"),
+        (["--ckpt=gpt.ckpt", "--export=a"], "--export"),
+    ):
+        code, _, err = command("sample.py", *argv)
         wanted = f"sample.py: {what} needs transformers: pip install transformers\n"
         assert (code, err) == (2, wanted)
 
