@@ -3,7 +3,7 @@
     python tests/benchmark.py                      every part but gpu (twenty minutes on a CPU)
     python tests/benchmark.py training data        the training step; get_batch
     python tests/benchmark.py corpus --rounds 1 --megabytes 2000    prepare.py beside tiktoken
-    python tests/benchmark.py gpu --json gpu.jsonl                  a GPU, in three minutes
+    python tests/benchmark.py gpu --json gpu.jsonl                  a GPU, in four minutes
     python tests/benchmark.py gpu --only training optimizers --budget 600
     python tests/benchmark.py gpu --device cpu --tiny               the same code, tiny models
 
@@ -105,14 +105,15 @@ def report(path: str | None, part: str, row: str, **values):
 
 
 class Run:
-    """A model, its optimizers and its data, made as train.py makes them in a single process."""
+    """A model, its optimizers and its data, made as train.py makes them."""
 
     def __init__(self, config, split=None):
         self.config, self.step = config, 0
         self.device, dtype, self.autocast, self.scaler = train.get_precision(config)
         torch.manual_seed(config.seed)
         with self.device:  # initial weights are drawn there
-            self.gpt = self.model = GPT(GPTConfig(**config.model_args())).train()
+            self.gpt = GPT(GPTConfig(**config.model_args())).train()
+        self.model = train.distribute(self.gpt, config, self.device, dtype)
         self.optimizers = model.make_optimizers(self.gpt, config, dtype)
         random_tokens = np.random.default_rng(0).integers(config.vocab_size, size=2**20)
         self.split = random_tokens.astype(np.uint16) if split is None else split
@@ -487,6 +488,18 @@ def step(card: Card, size: str, batch_size: int, compiled=False, dtype="bfloat16
     return found | {"ms without host check": 1000 * seconds}
 
 
+def one_rank(card: Card, size: str, batch_size: int, parallel: str) -> dict:
+    """Return speed and memory of an update under DDP or FSDP, in a group of one process."""
+    gpu = card.device.type == "cuda"
+    backend, store = "cpu:gloo,cuda:nccl" if gpu else "gloo", torch.distributed.HashStore()
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        run = gpu_run(card, size, batch_size=batch_size, parallel=parallel)
+        return card.speed(partial(training_step, run), card.sizes[size], batch_size)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def step_phases(card: Card, **settings) -> dict:
     """Return the milliseconds of each phase of an update, and the optimizer's share."""
     found = phases(gpu_run(card, **settings), 10)
@@ -531,6 +544,7 @@ ROWS = [
     ("generation", generate, dict(size="124M", sequences=1, temperature=0.8, top_k=50)),
     *[("generation", generate, dict(size="124M", sequences=B, theirs=True)) for B in (1, 64)],
     *[("optimizers", step_phases, GPT2 | dict(optimizer=name)) for name in ("adamw", "muon")],
+    *[("parallel", one_rank, GPT2 | dict(parallel=name)) for name in ("ddp", "fsdp")],
     *[("precision", step, GPT2 | dict(dtype=dtype)) for dtype in ("float16", "float32")],
     ("large", step, dict(size="350M", batch_size=8)),
     ("training", step, dict(size="124M, vocabulary 50,257", batch_size=16)),
@@ -570,7 +584,7 @@ def main():
     parser.add_argument("--megabytes", type=int, default=200, help="of text for corpus [200]")
     parser.add_argument("--json", metavar="PATH", help="append each row to a JSON lines file")
     parser.add_argument("--only", nargs="+", choices={part for part, *_ in ROWS}, help="of gpu")
-    parser.add_argument("--budget", type=float, default=170, help="seconds for gpu [170]")
+    parser.add_argument("--budget", type=float, default=240, help="seconds for gpu [240]")
     parser.add_argument("--device", default="auto", help="for gpu [the GPU]")
     parser.add_argument("--tiny", action="store_true", help="gpu with tiny models")
     args = parser.parse_args()
