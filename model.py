@@ -485,7 +485,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
 
     q, k and v are (B, H, T, D); a single query (B, H, 1, D) attends to all keys.
     On a CPU with dropout, or in 16 bits up to 512 tokens, where a matrix (T, T) needs little
-    memory, this function is slower than its formula written out.
+    memory, PyTorch's function is slower than its formula written out.
     """
     B, _, T, D = q.shape
     if not q.is_cpu or not (dropout_p or (T <= 512 and q.dtype != torch.float32)):
@@ -516,7 +516,7 @@ def prepack(gpt: GPT, dtype: torch.dtype | None = None) -> GPT:
     """Return a copy of `gpt` for generation, in `dtype`, with PackedLinears on a CPU.
 
     Other weights are shared with `gpt` unless their dtype changes. Where oneDNN cannot pack, the
-    copy keeps its Linears. A packed or sharded model is returned as it is.
+    copy keeps its Linears. A packed model, or FSDP's shards, are returned as they are.
     """
     weight = gpt.transformer.wte.weight
     if isinstance(gpt.lm_head, PackedLinear) or hasattr(weight, "full_tensor"):  # FSDP's DTensor

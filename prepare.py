@@ -423,7 +423,7 @@ UNREADABLE = (OSError, EOFError, ValueError, zlib.error, LookupError, NotImpleme
 NO_TEXT = {
     "a PDF": (b"%PDF",),
     "PostScript or RTF": (b"%!PS", b"{\\rtf"),
-    "compressed: unpack it first": (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"(\xb5/\xfd"),
+    "compressed: unpack it first": (b"\x1f\x8b", b"\xfd7zXZ", b"7z\xbc\xaf", b"(\xb5/\xfd"),
 }
 
 
@@ -466,8 +466,9 @@ def find_files(config: PrepareConfig) -> tuple[dict[str, str | None], str]:
     fetched = [fetch(source, config.dataset) for source in config.sources]
     found = list_files([path for path, _ in fetched])
     held_out = list_files([config.val]) if config.val else {}
-    if "field" in config.given and {file_format(x) for x in found.values()} == {"text"}:
-        raise UserError("--field is for .jsonl and .parquet files; a text is taken whole")
+    formats = {file_format(path) for path in (*found.values(), *held_out.values())}
+    if "field" in config.given and formats == {"text"}:
+        raise UserError("--field is for .jsonl and .parquet files; text files have no fields")
     split = "train" if config.val else None
     files = {path: split for identity, path in found.items() if identity not in held_out}
     more = f" and {len(fetched) - 1} more" if len(fetched) > 1 else ""
@@ -1068,7 +1069,7 @@ STAND_IN = Path(__file__).parent / "config" / "stand_in.txt"
 
 def url_path(source: str) -> str:
     """Return the path in an address; a source that is no address is returned unchanged."""
-    return urlsplit(source).path if source.startswith(("http://", "https://")) else source
+    return urlsplit(source).path or "/" if source.startswith(("http://", "https://")) else source
 
 
 def fetch(source: str, dataset: str) -> tuple[str, str]:
@@ -1087,7 +1088,7 @@ def fetch(source: str, dataset: str) -> tuple[str, str]:
     if address or not path.exists():
         try:
             download(known, path)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, UnicodeError, http.client.HTTPException) as error:
             by_hand = f"save {known.url} as {path.as_posix()}"
             by_hand += " and give that path" if address else ""
             if source != "verdict":

@@ -77,6 +77,8 @@ class SampleConfig:
         uses = [name for name in uses if getattr(self, name) is not None]
         if "" in (self.score, self.export):
             raise ValueError("--score and --export need a name")
+        if self.export is not None and self.dtype != "auto":
+            raise ValueError("--export writes float32: leave out --dtype")
         if len(uses) > 1 and uses != ["start", "top_logprobs"]:
             raise ValueError(f"--{uses[0]} and --{uses[-1]} exclude each other: leave one out")
 
@@ -91,7 +93,6 @@ def main(argv: list[str]):
         gpt, saved = load_model(name) if name else load_checkpoint(config.ckpt)
     saved.pop("optimizer", None)  # releases its memory
     if config.export is not None:
-        gpt = gpt.to(torch.float32 if config.dtype == "auto" else dtype)
         return export(gpt, saved["tokenizer"], config.export)
     if saved["tokenizer"] is None:
         reason = f"the model's tokenizer is not known ({saved.get('vocabulary')})"
@@ -257,7 +258,7 @@ def score(name: str, saved: dict, gpt: GPT, tokenizer):
     done, size = len(ids) - 1, int(prepare.token_sizes(tokenizer, V)[ids[1:]].sum())
     loss = total / done
     print(f"tokens         {done:,}\nloss           {loss:.4f} nats per token")
-    print(f"perplexity     {math.exp(min(loss, 700)):,.2f}")
+    print(f"perplexity     {math.exp(loss) if loss < 709 else math.inf:,.2f}")
     print(f"bits per byte  {total / math.log(2) / size:.4f}" if size else "no bytes")
 
 

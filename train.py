@@ -319,8 +319,8 @@ def evaluate(gpt: GPT, splits: dict, autocast, text: "Text", log, step: int, sig
     if not losses:  # a signal has stopped it
         return math.nan
     train, val = losses["train"], losses["val"]
-    # The number of equally likely tokens with the same loss; infinite for a loss above 709.
-    perplexity = torch.tensor(val, dtype=torch.float64).exp().item()
+    # The number of equally likely tokens with the same loss.
+    perplexity = math.exp(val) if val < 709 else math.inf
     line = f"training loss {train:.4f}  validation loss {val:.4f}  perplexity {perplexity:,.2f}"
     values = dict(train_loss=train, val_loss=val, val_perplexity=perplexity)
     if bits := losses.get("val_bits_per_byte"):
@@ -458,7 +458,8 @@ def write_sample(gpt: GPT, text: Text, log: "Log", autocast):
     if not text.prompt or (get_rank() > 0 and not is_sharded(gpt)):
         return
     idx, sharded = torch.tensor([text.prompt], device=log.device), is_sharded(gpt)
-    writer = prepack(gpt, log.dtype) if log.device.type == "cpu" else gpt  # a faster copy
+    packs = log.device.type == "cpu" and not sharded  # FSDP's modules cannot be copied
+    writer = prepack(gpt, log.dtype) if packs else gpt  # a faster copy
     with autocast if sharded else contextlib.nullcontext():  # sharded: all ranks run each pass
         idx = writer.generate(idx, 40, temperature=0, stop_token=text.end, use_cache=not sharded)
     if get_rank() == 0:
@@ -483,9 +484,10 @@ def load_weights(config: TrainConfig, run_id: str) -> tuple[TrainConfig, GPT | N
     if config.init_from == "resume":
         return resume(config, path)
     moved = [Path(config.out_dir, name).resolve() for name in RUN_FILES]
-    source = Path(config.init_from)
-    source = source / "model.ckpt" if source.is_dir() else source
-    if source.is_file() and source.resolve() in moved:
+    source = config.init_from
+    if os.path.isdir(source) and not os.path.exists(os.path.join(source, "ckpt.pt")):
+        source = os.path.join(source, "model.ckpt")
+    if os.path.isfile(source) and Path(source).resolve() in moved:
         reason = "would be moved away by this run: give another --out_dir"
         raise UserError(f"{config.init_from} {reason}")
     with user_errors():
@@ -790,7 +792,7 @@ def describe(config: TrainConfig, meta: dict, step: int, device: torch.device, d
 
 
 def gpu_use(log: Log, rate: float) -> str:
-    """Return the TFLOP/s and peak memory of each GPU for a log line; empty on other devices."""
+    """Return TFLOP/s per GPU and this GPU's peak memory for a log line; empty on other devices."""
     if log.device.type != "cuda":
         return ""
     flops = rate * flops_per_token(log.config) / get_world_size()
@@ -1055,9 +1057,9 @@ def open_out_dir(folder: str):
 
 
 def leave(exit_code: int):
-    """End the program; under torchrun without the end of the interpreter after its exit functions.
+    """End the program; under torchrun, skip the interpreter's shutdown after the exit functions.
 
-    gloo's threads may abort in it: https://github.com/pytorch/pytorch/pull/179291
+    gloo's threads may abort during it: https://github.com/pytorch/pytorch/pull/179291
     """
     if "RANK" in os.environ:
         atexit._run_exitfuncs()

@@ -392,7 +392,6 @@ def test_export_without_the_vocabulary(command, tmp_path, monkeypatch):
         raise UserError("cannot get the vocabulary of gpt2")
 
     monkeypatch.setattr(prepare, "load_encoding", refuse)
-    code, out, err = command("sample.py", "--init_from=in", "--export=out", "--dtype=bfloat16")
-    assert '"dtype": "bfloat16"' in (tmp_path / "out/config.json").read_text()
+    code, out, err = command("sample.py", "--init_from=in", "--export=out")
     assert code == 0 and "without tokenizer files: cannot get the vocabulary of gpt2" in out
     assert load_model("out")[1]["tokenizer"] == "gpt2"

@@ -137,6 +137,9 @@ def test_the_text_at_an_address(command, folder, server):
         assert "-my.txt and give that path" in err
         [kept] = (folder / "data/my").glob("*-my.txt")
         assert kept.read_bytes() == text
+    for address, said in (("/\u732b.txt", "cannot download"), ("?x=1", "'' is not a folder name")):
+        code, _, err = command("prepare.py", host + address, *argv)
+        assert code == 2 and said in err and err.count("\n") == 1
     pages |= {f"/{x}/1.jsonl?y={x}": (b'{"text": "%s"}' % x.encode(), {}) for x in "ab"}
     sources = [f"{host}/{x}/1.jsonl?y={x}" for x in "ab"]
     code, out, _ = command("prepare.py", *sources, *argv, "--val_fraction=0.5")
@@ -946,9 +949,10 @@ def test_files_that_are_no_text(command, folder, message):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs /dev/null")
 def test_without_a_home():
-    """A vocabulary is kept there, or in a folder that is named."""
+    """Where the vocabulary cannot be written, the error says what to set."""
     code = "import prepare; prepare.get_tokenizer('gpt2')"
-    environment = {k: v for k, v in os.environ.items() if k != "TIKTOKEN_CACHE_DIR"}
+    names = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")
+    environment = {k: v for k, v in os.environ.items() if k not in names}
     environment["HOME"] = "/dev/null"
     run, options = [sys.executable, "-c", code], dict(capture_output=True, text=True, cwd=ROOT)
     found = subprocess.run(run, env=environment, **options)

@@ -287,6 +287,7 @@ def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
         (["--top_logprobs=0"], "top_logprobs is 0; it must be in [1, 1e12]"),
         (["--score=one.txt", "--export=e"], "--score and --export exclude each other"),
         (["--ckpt=out", "--init_from=out"], "--ckpt and --init_from exclude each other"),
+        (["--export=e", "--dtype=bfloat16"], "--export writes float32: leave out --dtype"),
         (["--start=a", "--score=one.txt"], "--start and --score exclude each other"),
         (["--top_logprobs=2", "--score=one.txt"], "--top_logprobs and --score exclude each"),
         (["--export=other"], "config.json is not of a GPT: name a new folder"),

@@ -902,6 +902,9 @@ def test_wandb_gets_the_keys_of_metrics(command, dataset, folder, monkeypatch):
     monkeypatch.setenv("WANDB_PROJECT", "mine")
     assert command("train.py", "--init_from=resume", "--max_iters=7")[0] == 0
     assert Recorder.starts == [(None, "gpt"), ("new", "mine")]
+    monkeypatch.setattr(Recorder, "log", lambda self, values, step: 1 / 0)  # a lost connection
+    code, out, _ = command("train.py", *TINY, "--wandb")
+    assert code == 0 and "wandb lacks the line of step 0: division by zero" in out
     monkeypatch.setattr(Recorder, "init", lambda self, **options: 1 / 0)
     code, _, err = command("train.py", *TINY, "--wandb")
     assert code == 2 and "--wandb: division by zero; WANDB_MODE=offline" in err
