@@ -67,7 +67,6 @@ class TrainConfig(GPTConfig):
     batch_size: int = 8  # sequences per update, over all processes
     micro_batch_size: int | None = None  # sequences per forward pass and process; none: no limit
     shift_windows: bool = True  # cut the text at another offset in every epoch (the book: no)
-    short_context_iters: int = 0  # number of first updates with half the context, twice the rows
     seed: int = 1337  # seeds initial weights, order of the data, and dropout
     # Updates
     max_iters: int = 1000  # number of updates
@@ -107,13 +106,11 @@ class TrainConfig(GPTConfig):
     def __post_init__(self):
         super().__post_init__()
         from_0 = "learning_rate embedding_learning_rate head_learning_rate initial_lr min_lr "
-        from_0 += "warmup_iters short_context_iters weight_decay grad_clip seed"
+        from_0 += "warmup_iters weight_decay grad_clip seed"
         from_1 = "batch_size micro_batch_size max_iters max_skipped muon_interval log_interval "
         from_1 += "eval_interval eval_iters checkpoint_interval"
         fractions = {"[0, 1)": "beta1 beta2 momentum", "(0, 1]": "cooldown_fraction"}
         check_ranges(self, fractions | {"[0, inf)": from_0, "[1, 1e12)": from_1})
-        if self.short_context_iters and self.context_length % 2:
-            raise ValueError("short_context_iters needs an even context_length")
         if self.optimizer == "muon" and self.parallel == "fsdp":
             raise ValueError("Muon needs whole matrices: take --parallel ddp or --optimizer adamw")
 
@@ -132,8 +129,7 @@ def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 
     The token ids `stream` (N,) are a ring. An epoch cuts it into (N - 1) // T windows of T tokens,
     from a new offset in each epoch (0 without `shift_windows`), and visits each window once, in
     shuffled order. Offset and order follow from the seed and the epoch. Each rank gets B =
-    batch_size / world_size windows of the update. In the first `short_context_iters` updates each
-    window is cut in two, which gives (2 B, T / 2).
+    batch_size / world_size windows of the update.
     """
     windows = (len(stream) - 1) // config.context_length  # per epoch
     B = config.batch_size // world_size
@@ -146,10 +142,7 @@ def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 
         offset = rng.integers(len(stream)) if config.shift_windows else 0
         starts[here] = offset + config.context_length * permute(places[here], windows, rng)
     tokens = read_windows(stream, starts, config).to(device)  # (B, T + 1)
-    x, y = tokens[:, :-1], tokens[:, 1:]
-    if step < config.short_context_iters:  # Press et al. 2021, "Shortformer"
-        x, y = x.reshape(2 * B, -1), y.reshape(2 * B, -1)  # (2 B, T / 2)
-    return x, y
+    return tokens[:, :-1], tokens[:, 1:]
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
@@ -394,14 +387,14 @@ def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
 
 
 def sequences_per_pass(config: TrainConfig) -> int:
-    """Return how many sequences of T tokens go through the model at once in each rank."""
+    """Return how many sequences go through the model at once in each rank."""
     share = config.batch_size // get_world_size()
     return min(config.micro_batch_size or share, share)
 
 
 def split_batch(x: torch.Tensor, y: torch.Tensor, config: TrainConfig) -> list[tuple]:
-    """Return inputs and targets of each micro batch; two half windows count as one sequence."""
-    size = sequences_per_pass(config) * config.context_length // x.shape[1]
+    """Return inputs and targets of each micro batch."""
+    size = sequences_per_pass(config)
     return list(zip(x.split(size), y.split(size)))
 
 
@@ -925,8 +918,7 @@ def compile_model(model, split, config: TrainConfig, device: torch.device, autoc
     if config.compile is False or (config.compile is None and device.type != "cuda"):
         return model
     compiled, reason, started = torch.compile(model, dynamic=False), "", time.perf_counter()
-    step = config.max_iters  # with the whole context
-    x, y = get_batch(split, step, config, device, get_rank(), get_world_size())
+    x, y = get_batch(split, 0, config, device, get_rank(), get_world_size())
     micro_batches = split_batch(x, y, config)
     set_grad_sync(model, False)
     try:

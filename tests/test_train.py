@@ -162,16 +162,6 @@ def test_fixed_windows_are_the_books():
     assert rows != starts(2)  # and seeds
 
 
-def test_first_updates_have_half_the_context():
-    shape = dict(batch_size=4, context_length=8, max_iters=10, vocab_size=99)
-    stream = np.arange(99, dtype=np.uint16)
-    for step, rows in ((0, 8), (3, 8), (4, 4), (10, 4)):
-        whole = train.get_batch(stream, step, train.TrainConfig(**shape))
-        config = train.TrainConfig(**shape, short_context_iters=4)
-        for found, wanted in zip(train.get_batch(stream, step, config), whole):
-            assert found.shape == (rows, 32 // rows) and found.flatten().equal(wanted.flatten())
-
-
 # --- Schedule -------------------------------------------------------------------------------------
 
 
@@ -278,7 +268,6 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(command, data
 def test_micro_batches_add_up_to_the_batch(command, dataset):
     for micro in (4, 2, 3):
         argv = [f"--micro_batch_size={micro}", f"--out_dir={micro}", "--dtype=float32"]
-        argv.append("--short_context_iters=3")
         assert command("train.py", *TINY, *argv)[0] == 0
     for micro in ("2", "3"):
         for one, other in zip(metrics("4"), metrics(micro)):
@@ -803,7 +792,7 @@ def test_compiled_updates_are_the_same(command, dataset, monkeypatch):
     def backend(graph, inputs):
         return lambda *args: calls.append(1) or graph(*args)
 
-    argv = [*TINY, "--batch_size=5", "--micro_batch_size=3", "--short_context_iters=3"]
+    argv = [*TINY, "--batch_size=5", "--micro_batch_size=3"]
     assert command("train.py", *argv, "--out_dir=a")[0] == 0
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     code, out, err = command("train.py", *argv, "--compile", "--out_dir=b")
