@@ -283,18 +283,14 @@ def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
             how = name if name in KNOWN_TEXTS else f"FILE --dataset {name}"
             advice = f"make it with: python prepare.py {how} (a config file's first lines say more)"
             raise UserError(f"there is no {path.as_posix()}; {advice}")
-        size = path.stat().st_size
-        tokens, rest = divmod(size, np.dtype(meta["dtype"]).itemsize)
-        usable = tokens and not rest and tokens == meta.setdefault(f"{split}_tokens", tokens)
-        if usable:
-            splits[split] = open_memmap(path, meta["dtype"])
-            found = fingerprint(splits[split])
-            usable = meta.setdefault(f"{split}_fingerprint", found) == found
-        if not usable:
-            raise UserError(
-                f"{path.as_posix()} is incomplete, damaged or of another preparation ({size:,} "
-                f"bytes, {tokens:,} {meta['dtype']} ids and {rest} bytes over): prepare it again"
-            )
+        try:
+            splits[split] = ids = open_memmap(path, meta["dtype"])
+            found = {f"{split}_tokens": len(ids), f"{split}_fingerprint": fingerprint(ids)}
+            if any(meta.setdefault(key, value) != value for key, value in found.items()):
+                raise ValueError(f"meta.json does not describe its {len(ids):,} ids")
+        except ValueError as error:  # numpy's: no ids, or a part of one
+            problem = "is incomplete, damaged or of another preparation"
+            raise UserError(f"{path.as_posix()} {problem} ({error}): prepare it again") from error
     return splits, meta
 
 
@@ -373,18 +369,13 @@ def read_meta(folder: Path) -> dict:
         reason = "its meta.pkl says that its ids are nanoGPT's characters, which are not read here"
         raise UserError(f"{folder.as_posix()}: {reason}; prepare the text with --tokenizer bytes")
     try:
-        if path.exists():
-            meta = {**meta, **json.loads(path.read_text(encoding="utf-8"))}
-        if type(meta["tokenizer"]) is not str:
-            raise ValueError(f"tokenizer is {meta['tokenizer']!r}")
-        if meta["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"dtype is {meta['dtype']}")
-        for key in ("vocab_size", "train_tokens", "val_tokens"):
-            if type(meta.get(key, 0)) is not int:
-                raise ValueError(f"{key} is {meta[key]!r}")
+        found = meta | (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
+        wrong = [name for name in meta if type(found[name]) is not type(meta[name])]
+        if wrong or found["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"it has a wrong {', '.join(wrong) or 'dtype'}")
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{path.as_posix()} cannot be used ({error}): prepare it again") from error
-    return meta
+    return found
 
 
 def open_memmap(path: str | Path, dtype: str) -> np.ndarray:
@@ -525,10 +516,9 @@ def read_text(path: str | Path) -> str:
     """
     try:
         raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, AttributeError) as error:  # NUL in the name; standard input is closed
-        raise UserError(f"cannot read {path!r}: {error}") from error
+    except (OSError, ValueError, AttributeError) as error:  # NUL in the name, no standard input
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read {path}: {reason}") from error
     return to_text(raw, path)
 
 
@@ -679,7 +669,8 @@ def read_parquet(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[t
         yield f"{path}, row {number:,}", raw or b"", bytes.decode
 
 
-WINDOW = 2048  # characters in which a place for a cut is looked for
+AFTER_WORDS = ' \r\n,."、。，'  # characters before which a letter ends a word
+WINDOW = 2048  # characters at the end of a text whose words may depend on what follows
 
 
 def cut_text(blocks: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[str]:
@@ -698,31 +689,17 @@ def cut_text(blocks: Iterable[str], tokenizer: tiktoken.Encoding) -> Iterator[st
 def find_cut(text: str, tokenizer: tiktoken.Encoding) -> int:
     """Return a place in a text where it can be cut without changing its ids; 0 if none is found.
 
-    tiktoken merges bytes within words, which a regular expression finds, one after the other. Where
-    words end depends on where the search begins, but with the patterns of tiktoken's encodings all
-    searches soon meet. In a window, searches begin at each of the first characters. A place where
-    all have met is the end of a word, wherever the words before the window end. Eight words later
-    is the cut, if the tokenizer gives the same ids with and without it. With another pattern the
-    only search begins with the text, which begins a word.
+    tiktoken merges bytes within words, which a regular expression finds, one after the other. With
+    the patterns of tiktoken's encodings a word that ends with a letter before AFTER_WORDS ends
+    there in any text. With other patterns, and without such a place, words are found from the
+    beginning of the text, which begins a word.
     """
-    pattern, known = regex.compile(tokenizer._pat_str), tokenizer.name in BUILT_IN
-    known = known or tokenizer._pat_str == r50k_pat_str
-    for start in range(len(text) - WINDOW, len(text) // 2 if known else len(text), -WINDOW):
-        window = text[start : start + WINDOW]
-        searches, ends = set(range(WINDOW // 8)), []  # places; ends of words
-        for place in range(WINDOW):
-            if place not in searches:
-                continue
-            if len(searches) == 1:
-                ends.append(place)
-                if len(ends) > 8 and same_ids(window[ends[0] : place], window[place:], tokenizer):
-                    return start + place
-            searches.remove(place)
-            searches.add(pattern.match(window, place).end())
-            if WINDOW in searches:  # what follows the window may change where this word ends
-                break
-    # Searches may not meet, as in digits that are read by threes.
-    ends = [found.end() for found in pattern.finditer(text, 0, len(text) - WINDOW)]
+    if tokenizer.name in BUILT_IN or tokenizer._pat_str == r50k_pat_str:
+        for cut in range(len(text) - 1, len(text) // 2, -1):
+            if text[cut] in AFTER_WORDS and text[cut - 1].isalpha():
+                return cut
+    words = regex.finditer(tokenizer._pat_str, text, endpos=len(text) - WINDOW)
+    ends = [word.end() for word in words]
     if len(ends) > 8 and same_ids(text[: ends[-8]], text[ends[-8] :], tokenizer):
         return ends[-8]
     # A word of this size can be cut between tokens, far from the end, which may change.

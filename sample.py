@@ -95,8 +95,7 @@ def main(argv: list[str]):
     if config.export is not None:
         return export(gpt, saved["tokenizer"], config.export)
     if saved["tokenizer"] is None:
-        reason = f"the model's tokenizer is not known ({saved.get('vocabulary')})"
-        raise UserError(f"no text in or out: {reason}")
+        raise UserError(f"the model's tokenizer is not known ({saved.get('vocabulary')})")
     if config.score is not None and config.dtype == "auto":
         dtype = torch.float32  # a loss with all its digits
     gpt = prepack(gpt.to(device, dtype))

@@ -283,7 +283,7 @@ def test_many_processes_fill_an_empty_cache(folder, monkeypatch):
 @pytest.mark.parametrize("text", ["[]", "3", '{"train_tokens": "x"}', '{"vocab_size": 2.5}'])
 def test_a_meta_json_that_makes_no_sense(dataset, text):
     (dataset / "meta.json").write_text(text)
-    with pytest.raises(config.UserError, match="meta.json cannot be used"):
+    with pytest.raises(config.UserError, match="prepare it again"):
         prepare.load_dataset("words")
 
 
