@@ -136,15 +136,12 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.context_length, config.n_embd),
-                drop=Dropout(config.dropout),
-                h=nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                ln_f=norm(config),
-            )
-        )
+        self.transformer = nn.Module()  # only holds the parts; their names are GPT-2's
+        self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.transformer.wpe = nn.Embedding(config.context_length, config.n_embd)
+        self.transformer.drop = Dropout(config.dropout)
+        self.transformer.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer.ln_f = norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self._tie_weights()
         self.apply(self._init_weights)
@@ -648,17 +645,16 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             lr = torch.tensor(group["lr"]) * self.interval  # so that products are in float32
             momentum = group["momentum"]
-            due, by_shape = [], {}  # matrices of one shape are stacked and updated together
-            for index, p in enumerate(group["params"]):
+            for p in group["params"]:
                 state = self.state[p]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(p)
-                mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-                if (self.step_number + index) % self.interval == 0:
-                    if len(due) % world_size == rank:
-                        update = p.grad.lerp(mean, momentum)  # Nesterov momentum
-                        by_shape.setdefault(p.shape, []).append((p, update))
-                    due.append(p)
+                state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+            due = group["params"][-self.step_number % self.interval :: self.interval]
+            by_shape = {}  # matrices of one shape are stacked and updated together
+            for p in due[rank::world_size]:
+                update = p.grad.lerp(self.state[p]["momentum_buffer"], momentum)  # Nesterov's
+                by_shape.setdefault(p.shape, []).append((p, update))
             for (rows, columns), pairs in by_shape.items():
                 params, updates = zip(*pairs)
                 M = columns if rows == 3 * columns else rows  # queries, keys and values apart
@@ -706,9 +702,24 @@ def load_model(name: str, **changes) -> tuple[GPT, dict]:
 
 
 def load_checkpoint(path: str, **changes) -> tuple[GPT, dict]:
-    """Return the model in a checkpoint file and the file's other contents; see `load_model`."""
-    checkpoint = read_checkpoint(path)
+    """Return the model in a checkpoint file and the file's other contents; see `load_model`.
+
+    Runs no code in the file. Raises ValueError, saying why, for a file that is not from train.py
+    or nanoGPT, nor a state dict of the book's GPTModel, alone or as "model_state_dict".
+    """
+    if os.path.isdir(path):  # of train.py, or nanoGPT's
+        nano = os.path.join(path, "ckpt.pt")
+        path = nano if os.path.exists(nano) else os.path.join(path, "model.ckpt")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.save writes a zip archive
+            if archive.testzip():  # torch.load does not verify the checksums
+                raise ValueError("it is damaged, its checksums do not match")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        book = checkpoint.get("model_state_dict", checkpoint)
+        if any(str(name).endswith("tok_emb.weight") for name in book):  # section 5.4
+            checkpoint = {"model": book}
+        elif not {"model", "model_args"} <= set(checkpoint):
+            raise ValueError("it lacks model or model_args, which train.py writes")
         state = rename_tensors(checkpoint.pop("model"))
         args = checkpoint.pop("model_args") if "model_args" in checkpoint else book_shape(state)
         if "block_size" in args:  # nanoGPT's name
@@ -719,30 +730,6 @@ def load_checkpoint(path: str, **changes) -> tuple[GPT, dict]:
         if "tokenizer" not in checkpoint:
             checkpoint |= guess_tokenizer(gpt.config.vocab_size)
         return gpt, checkpoint
-    except Exception as error:
-        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
-
-
-def read_checkpoint(path: str) -> dict:
-    """Return the contents of a checkpoint file, without running any code in it.
-
-    A state dict of the book's GPTModel, alone or as "model_state_dict", is returned as "model".
-    Raises ValueError, saying why, for a file that is neither this nor from train.py or nanoGPT.
-    """
-    if os.path.isdir(path):  # of train.py, or nanoGPT's
-        nano = os.path.join(path, "ckpt.pt")
-        path = nano if os.path.exists(nano) else os.path.join(path, "model.ckpt")
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch.save writes a zip archive
-            if archive.testzip():  # torch.load does not verify the checksums
-                raise ValueError("it is damaged, its checksums do not match")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        state = checkpoint.get("model_state_dict", checkpoint)
-        if any(str(name).endswith("tok_emb.weight") for name in state):  # the book, section 5.4
-            return {"model": state}
-        if not {"model", "model_args"} <= set(checkpoint):
-            raise ValueError("it lacks model or model_args, which train.py writes")
-        return checkpoint
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path}; train.py writes one") from None
     except zipfile.BadZipFile:

@@ -265,8 +265,9 @@ def save_dataset(
 def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
     """Return the ids of data/<name>, memory-mapped, by split, and the contents of meta.json.
 
-    The contents include the number of tokens and the fingerprint of each split, and as "tokenizer"
-    what `get_tokenizer` takes. Raises UserError if a file is missing or does not match meta.json.
+    The contents include the number of tokens and the fingerprint of each split, the fingerprint of
+    both, and as "tokenizer" what `get_tokenizer` takes. Raises UserError if a file is missing or
+    does not match meta.json.
     """
     folder = Path("data") / name
     meta = read_meta(folder)
@@ -291,6 +292,7 @@ def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
         except ValueError as error:  # numpy's: no ids, or a part of one
             problem = "is incomplete, damaged or of another preparation"
             raise UserError(f"{path.as_posix()} {problem} ({error}): prepare it again") from error
+    meta["fingerprint"] = f"{meta['train_fingerprint']} {meta['val_fingerprint']}"
     return splits, meta
 
 

@@ -213,9 +213,8 @@ def read_validation(saved: dict) -> torch.Tensor:
         raise UserError("--score val: these weights do not name their dataset; give a file")
     name = saved["config"]["dataset"]
     splits, meta = prepare.load_dataset(name)
-    fingerprint = f"{meta['train_fingerprint']} {meta['val_fingerprint']}"
     same = prepare.tokenizer_name(meta["tokenizer"]) == prepare.tokenizer_name(saved["tokenizer"])
-    if not same or saved.get("dataset", fingerprint) != fingerprint:
+    if not same or saved.get("dataset", meta["fingerprint"]) != meta["fingerprint"]:
         raise UserError(f"data/{name} is not what the model was trained on; give a file")
     return torch.from_numpy(splits["val"].astype("int64"))
 

@@ -47,7 +47,6 @@ from model import (
     load_model,
     make_optimizers,
     prepack,
-    read_checkpoint,
 )
 
 import numpy as np
@@ -282,10 +281,14 @@ def train(config: TrainConfig, run_id: str) -> int:
 
 
 def read_windows(stream, starts: np.ndarray, config: TrainConfig) -> torch.Tensor:
-    """Return T + 1 token ids beginning at each of `starts` (B,): (B, T + 1) int64."""
+    """Return T + 1 token ids beginning at each of `starts` (B,): (B, T + 1) int64.
+
+    Raises UserError for a token id outside the vocabulary.
+    """
     positions = starts[:, None] + np.arange(config.context_length + 1)  # (B, T + 1)
     tokens = stream[positions % len(stream)].astype(np.int64)
-    check_ids(tokens, config)
+    if (largest := int(tokens.max())) >= (V := config.vocab_size):
+        raise UserError(f"data/{config.dataset} holds token id {largest:,}; vocab_size is {V:,}")
     return torch.from_numpy(tokens)
 
 
@@ -351,12 +354,6 @@ def permute(index: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     return index.astype(np.int64)
 
 
-def check_ids(tokens: np.ndarray, config: TrainConfig):
-    """Raise UserError for a token id outside the vocabulary."""
-    if (largest := int(tokens.max())) >= (V := config.vocab_size):
-        raise UserError(f"data/{config.dataset} holds token id {largest:,}; vocab_size is {V:,}")
-
-
 def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
     """Return both splits of the dataset and its meta.json, and set `vocab_size` if it is None.
 
@@ -364,7 +361,6 @@ def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
     """
     splits, meta = prepare.load_dataset(config.dataset)
     name, tokenizer = f"data/{config.dataset}", meta["tokenizer"]
-    meta["fingerprint"] = f"{meta['train_fingerprint']} {meta['val_fingerprint']}"
     if (wanted := saved.get("tokenizer", tokenizer)) is None:
         raise UserError(
             f"{config.init_from} has a tokenizer that is not known: {saved.get('vocabulary')}"
@@ -381,8 +377,6 @@ def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
             advice = f"take --context_length {most} or less, or " if most else ""
             few = f"{name}/{split}.bin has {len(stream):,} tokens, too few for context_length"
             raise UserError(f"{few} {config.context_length:,}: {advice}prepare more text")
-        for block in prepare.sample_blocks(stream):  # `read_windows` checks the others
-            check_ids(block, config)
     return splits, meta
 
 
@@ -498,7 +492,7 @@ def restarted_from(path: str, run_id: str) -> bool:
     found = None
     if get_rank() == 0 and os.path.exists(path):
         with user_errors():  # torchrun's next restart tries again
-            found = read_checkpoint(path).get("run_id")
+            found = load_model(path)[1].get("run_id")
     return all_gather(found)[0] == run_id
 
 
@@ -742,10 +736,8 @@ def finish(log: Log, meta: dict, step: int, saved: bool, stopped_by: int) -> int
         try:
             if get_rank() == 0 and not log.waiting:
                 plot(config, log.lines, meta["train_tokens"])
-        except ImportError:
-            print0("no loss.png: it needs matplotlib (pip install matplotlib)")
         except Exception as error:  # a failed picture must not fail the run
-            print0(f"no loss.png: {error}")
+            print0(f"no loss.png: {error} (it needs matplotlib: pip install matplotlib)")
     total = clock.seconds()
     shares = {"training": total - clock.spent.total()} | clock.spent
     listed = ", ".join(f"{what} {seconds / total:.0%}" for what, seconds in shares.items())
@@ -876,12 +868,8 @@ def reuse_memory():
 
 def create_model(config: TrainConfig, device: torch.device) -> GPT:
     """Return a new model. Raises UserError, before it is built, if it cannot fit in memory."""
-    if device.type == "cuda":
-        ranks, memory = 1, torch.cuda.get_device_properties(device).total_memory
-    else:
-        ranks, memory = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), physical_memory()
-    needed, parameters = ranks * count_bytes(config)[1], count_parameters(config)[0]
-    if needed > memory:
+    parameters, needed = count_parameters(config)[0], count_bytes(config)[1]
+    if needed > (memory := memory_per_rank(device)):
         takes = f"a model of {parameters:,} parameters takes {needed / 1e9:,.0f} GB to train"
         raise UserError(f"{takes}; here are {memory / 1e9:,.0f} GB")
     torch.manual_seed(config.seed)
@@ -898,15 +886,17 @@ def count_bytes(config: TrainConfig) -> tuple[int, int]:
     return weights + moments, (2 * weights + moments) // shards
 
 
-def physical_memory() -> float:
-    """Return the bytes of memory of this machine, or of its container if that has a limit."""
+def memory_per_rank(device: torch.device) -> float:
+    """Return the bytes of a GPU, or this rank's share of those of the machine or container."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     limits = [math.inf]
     with contextlib.suppress(AttributeError):  # on Windows
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no such file; no limit ("max")
             limits.append(int(Path(path).read_text()))
-    return min(limits)
+    return min(limits) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def compile_model(model, split, config: TrainConfig, device: torch.device, autocast):
