@@ -490,6 +490,7 @@ class RMSFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         y, scale = ctx.saved_tensors
         along = (grad * y).mean(dim=-1, keepdim=True)  # what would change y's length is dropped

@@ -55,7 +55,7 @@ from config import UserError, atomic_write, check_ranges, lock, parse, run, user
 import numpy as np
 import regex
 import tiktoken
-from tiktoken_ext.openai_public import r50k_pat_str
+from tiktoken_ext.openai_public import ENCODING_CONSTRUCTORS, r50k_pat_str
 
 ENDOFTEXT = "<|endoftext|>"
 
@@ -373,8 +373,8 @@ def read_meta(folder: Path) -> dict:
     try:
         found = meta | (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
         wrong = [name for name in meta if type(found[name]) is not type(meta[name])]
-        if wrong or found["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"it has a wrong {', '.join(wrong) or 'dtype'}")
+        if wrong or found["dtype"] not in ("uint16", "uint32") or found["vocab_size"] < 1:
+            raise ValueError(f"it has a wrong {', '.join(wrong) or 'dtype or vocab_size'}")
     except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{path.as_posix()} cannot be used ({error}): prepare it again") from error
     return found
@@ -671,7 +671,7 @@ def read_parquet(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[t
         yield f"{path}, row {number:,}", raw or b"", bytes.decode
 
 
-AFTER_WORDS = ' \r\n,."、。，'  # characters before which a letter ends a word
+AFTER_WORDS = ' \r\n,.;:!?"、。，；：！？」'  # a letter or digit before one of these ends a word
 WINDOW = 2048  # characters at the end of a text whose words may depend on what follows
 
 
@@ -692,13 +692,14 @@ def find_cut(text: str, tokenizer: tiktoken.Encoding) -> int:
     """Return a place in a text where it can be cut without changing its ids; 0 if none is found.
 
     tiktoken merges bytes within words, which a regular expression finds, one after the other. With
-    the patterns of tiktoken's encodings a word that ends with a letter before AFTER_WORDS ends
-    there in any text. With other patterns, and without such a place, words are found from the
-    beginning of the text, which begins a word.
+    OpenAI's patterns a word always ends between a letter or digit and one of AFTER_WORDS. With
+    other patterns, and without such a place, words are found from the beginning of the text, which
+    begins a word.
     """
-    if tokenizer.name in BUILT_IN or tokenizer._pat_str == r50k_pat_str:
+    openai = tokenizer.name in ("bytes", *ENCODING_CONSTRUCTORS)
+    if openai or tokenizer._pat_str == r50k_pat_str:
         for cut in range(len(text) - 1, len(text) // 2, -1):
-            if text[cut] in AFTER_WORDS and text[cut - 1].isalpha():
+            if text[cut] in AFTER_WORDS and text[cut - 1].isalnum():
                 return cut
     words = regex.finditer(tokenizer._pat_str, text, endpos=len(text) - WINDOW)
     ends = [word.end() for word in words]

@@ -281,14 +281,10 @@ def train(config: TrainConfig, run_id: str) -> int:
 
 
 def read_windows(stream, starts: np.ndarray, config: TrainConfig) -> torch.Tensor:
-    """Return T + 1 token ids beginning at each of `starts` (B,): (B, T + 1) int64.
-
-    Raises UserError for a token id outside the vocabulary.
-    """
+    """Return T + 1 token ids beginning at each of `starts` (B,): (B, T + 1) int64."""
     positions = starts[:, None] + np.arange(config.context_length + 1)  # (B, T + 1)
     tokens = stream[positions % len(stream)].astype(np.int64)
-    if (largest := int(tokens.max())) >= (V := config.vocab_size):
-        raise UserError(f"data/{config.dataset} holds token id {largest:,}; vocab_size is {V:,}")
+    check_ids(tokens, config)
     return torch.from_numpy(tokens)
 
 
@@ -354,6 +350,12 @@ def permute(index: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     return index.astype(np.int64)
 
 
+def check_ids(tokens: np.ndarray, config: TrainConfig):
+    """Raise UserError for a token id outside the vocabulary."""
+    if (largest := int(tokens.max())) >= (V := config.vocab_size):
+        raise UserError(f"data/{config.dataset} holds token id {largest:,}; vocab_size is {V:,}")
+
+
 def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
     """Return both splits of the dataset and its meta.json, and set `vocab_size` if it is None.
 
@@ -377,6 +379,8 @@ def open_dataset(config: TrainConfig, saved: dict) -> tuple[dict, dict]:
             advice = f"take --context_length {most} or less, or " if most else ""
             few = f"{name}/{split}.bin has {len(stream):,} tokens, too few for context_length"
             raise UserError(f"{few} {config.context_length:,}: {advice}prepare more text")
+        for block in prepare.sample_blocks(stream):  # `read_windows` checks the others
+            check_ids(block, config)
     return splits, meta
 
 
@@ -736,8 +740,10 @@ def finish(log: Log, meta: dict, step: int, saved: bool, stopped_by: int) -> int
         try:
             if get_rank() == 0 and not log.waiting:
                 plot(config, log.lines, meta["train_tokens"])
+        except ImportError:
+            print0("no loss.png: it needs matplotlib (pip install matplotlib)")
         except Exception as error:  # a failed picture must not fail the run
-            print0(f"no loss.png: {error} (it needs matplotlib: pip install matplotlib)")
+            print0(f"no loss.png: {error}")
     total = clock.seconds()
     shares = {"training": total - clock.spent.total()} | clock.spent
     listed = ", ".join(f"{what} {seconds / total:.0%}" for what, seconds in shares.items())
@@ -871,7 +877,7 @@ def create_model(config: TrainConfig, device: torch.device) -> GPT:
     parameters, needed = count_parameters(config)[0], count_bytes(config)[1]
     if needed > (memory := memory_per_rank(device)):
         takes = f"a model of {parameters:,} parameters takes {needed / 1e9:,.0f} GB to train"
-        raise UserError(f"{takes}; here are {memory / 1e9:,.0f} GB")
+        raise UserError(f"{takes}; each process has {memory / 1e9:,.0f} GB")
     torch.manual_seed(config.seed)
     return GPT(GPTConfig(**config.model_args())).train()
 
@@ -887,7 +893,7 @@ def count_bytes(config: TrainConfig) -> tuple[int, int]:
 
 
 def memory_per_rank(device: torch.device) -> float:
-    """Return the bytes of a GPU, or this rank's share of those of the machine or container."""
+    """Return the bytes of memory of the GPU, or this rank's share of the machine or container."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     limits = [math.inf]

@@ -280,7 +280,9 @@ def test_many_processes_fill_an_empty_cache(folder, monkeypatch):
     assert [path.read_text() for path in cache.iterdir()] == ["content"] * 2
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '{"train_tokens": "x"}', '{"vocab_size": 2.5}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "3", '{"train_tokens": "x"}', '{"vocab_size": 2.5}', '{"vocab_size": 0}']
+)
 def test_a_meta_json_that_makes_no_sense(dataset, text):
     (dataset / "meta.json").write_text(text)
     with pytest.raises(config.UserError, match="prepare it again"):

@@ -603,11 +603,14 @@ def test_a_full_disk_costs_lines_of_metrics_and_nothing_else(command, dataset, m
 # --- Datasets and weights -------------------------------------------------------------------------
 
 
-def test_ids_outside_the_vocabulary_wherever_they_are(command, dataset):
+@pytest.mark.parametrize("sampled", [True, False])
+def test_ids_outside_the_vocabulary_wherever_they_are(command, dataset, monkeypatch, sampled):
     ids = np.fromfile("data/words/train.bin", np.uint16)
     ids[5000] = 40_000
     ids.tofile("data/words/train.bin")
     os.remove("data/words/meta.json")
+    if not sampled:  # as in a huge file
+        monkeypatch.setattr(prepare, "sample_blocks", lambda ids: [ids[:100]])
     code, _, err = command("train.py", *TINY, "--vocab_size=257", "--max_iters=900")
     assert code == 2 and "data/words holds token id 40,000; vocab_size is 257" in err
     assert err.count("\n") == 1
