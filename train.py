@@ -862,7 +862,7 @@ def get_precision(config: TrainConfig):
 def reuse_memory():
     """Keep freed memory in the process for the next step, instead of returning it to the system.
 
-    The system zeroes memory before it hands it out again, which took a sixth to a third of a step
+    The system zeroes memory before it hands it out again, which took a sixth of a step
     on two cores. The names are from glibc's mallopt(3); other C libraries have no such function.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
