@@ -8,10 +8,10 @@ nanoGPT publishes two validation losses for this text: 1.88, of 4 layers and 128
 2,000 updates of 12 x 64 characters, about three minutes on a CPU; and 1.4697, of 10.7M parameters
 after 82M tokens, three minutes on an A100.
 
-Here 1.400 (seed 1337) and 1.399 (seed 1) over the whole validation split after 7.4M tokens, in 23
-minutes on two cores of an AMD EPYC with AVX512-BF16; 1.454 with --max_iters 1300, in 9 minutes.
-Seven runs of this size have been evaluated on that split: the values below were chosen without it,
-one idea was rejected by it (tests/README.md).
+Here 1.400 (seed 1337) and 1.399 (seed 1) over the whole validation split after 7.4M tokens, in 24
+and 23 minutes on two cores of an AMD EPYC with AVX512-BF16, with --eval_interval 1800; 1.454 with
+--max_iters 1300 and two evaluations, in 9 minutes. Seven runs of this size have been evaluated on
+that split: the values below were chosen without it, one idea was rejected by it (tests/README.md).
 """
 
 dataset = "shakespeare"
@@ -34,13 +34,13 @@ warmup_iters = 0
 cooldown_fraction = 0.5
 min_lr = 0.0
 
-# 4.85M parameters see 7.4M tokens in 7 epochs, so regularization matters most. All values were
-# chosen on the training text alone, with one seed each. With its last tenth held out, after 1,200
-# updates: dropout 0.05 1.430, 0.1 1.450, 0.2 1.501; with dropout 0.1, learning_rate 0.012 1.455,
-# half the batch in twice the updates 1.461. With a quarter of the parameters, text and updates:
-# dropout 0.03 1.883, 0.05 1.877, 0.07 1.896, 0.1 1.897. With another part of the training text held
-# out, dropout 0.1 1.741; then weight_decay 0 1.751, 0.3 1.769, twice the batch in half the updates
-# 1.769, cooldown_fraction 1 1.749, an average of the weights 1.741.
+# 4.85M parameters see 7.4M tokens in 7 epochs, so regularization matters most. Compared on the
+# training text alone, with one seed each. With its last tenth held out, after 1,200 updates:
+# dropout 0.05 1.430, 0.1 1.450, 0.2 1.501; with dropout 0.1, learning_rate 0.012 1.455, half the
+# batch in twice the updates 1.461. With a quarter of the parameters, text and updates: dropout 0.03
+# 1.883, 0.05 1.877, 0.07 1.896, 0.1 1.897. With another part of the training text held out: dropout
+# 0 1.814, 0.1 1.741, 0.2 1.797; with 0.1, weight_decay 0 1.751, 0.3 1.769, twice the batch in half
+# the updates 1.769, cooldown_fraction 1 1.749, an average of the weights 1.741.
 n_layer = 6
 n_head = 4
 n_embd = 256

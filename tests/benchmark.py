@@ -1,7 +1,7 @@
 """Measure speed and memory, beside Hugging Face's GPT-2 and beside the machine's own limit.
 
     python tests/benchmark.py                      all but verdict and gpu (twenty minutes on a CPU)
-    python tests/benchmark.py verdict              the book's run beside the book's own script
+    python tests/benchmark.py verdict              the book's run, also with the book's own package
     python tests/benchmark.py training data        the training step; get_batch
     python tests/benchmark.py corpus --rounds 1 --megabytes 2000    prepare.py beside tiktoken
     python tests/benchmark.py gpu --json gpu.jsonl                  a GPU, in four minutes
@@ -359,7 +359,7 @@ def run_prepare(folder: str, workers: int) -> tuple[float, float]:
 # The book's run (chapter 5) with the code of its package, for a folder with data/verdict/input.txt.
 BOOK = """
 import os, sys
-import torch  # first: prepare sets environment variables
+import torch  # first, so that OpenMP has its own defaults: prepare sets an environment variable
 sys.path.insert(0, {root!r})
 import prepare
 tokenizer = prepare.get_tokenizer("gpt2")  # also where tiktoken's host is out of reach
@@ -383,16 +383,19 @@ torch.save(model.state_dict(), os.devnull)
 
 def verdict(rounds: int) -> dict[str, float]:
     """The whole command of config/verdict.py, and the same run with the book's package."""
-    times, own = {}, ("THP_MEM_ALLOC_ENABLE", "GOMP_SPINCOUNT")  # set by each program for itself
+    times, own = {}, ("THP_MEM_ALLOC_ENABLE", "GOMP_SPINCOUNT")  # train.py sets them for itself
     env = {name: value for name, value in os.environ.items() if name not in own}
+    quiet = subprocess.DEVNULL
+    defaults = env | {"THP_MEM_ALLOC_ENABLE": "0"}  # PyTorch's; prepare.py leaves it as it is
     with tempfile.TemporaryDirectory() as folder:
         ours = [ROOT / "train.py", "config/verdict.py", "--device=cpu", f"--out_dir={folder}/out"]
-        sides = {"this project": ours, "the book": ["-c", BOOK.format(root=str(ROOT))]}
+        book = ["-c", BOOK.format(root=str(ROOT))]
+        sides = {"this project": (ours, env), "the book": (book, defaults)}
         for _ in range(rounds):
-            for name, argv in sides.items():
+            for name, (argv, variables) in sides.items():
                 started = time.perf_counter()
                 command = [sys.executable, *map(str, argv)]
-                subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, check=True)
+                subprocess.run(command, cwd=ROOT, env=variables, stdout=quiet, check=True)
                 times.setdefault(name, []).append(time.perf_counter() - started)
     times = {name: statistics.median(seconds) for name, seconds in times.items()}
     ratio = times["the book"] / times["this project"]
@@ -619,11 +622,12 @@ def gpu(args):
 
 
 PARTS = {"generation": generation, "training": training, "data": data, "corpus": corpus}
+PARTS |= {"verdict": verdict}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}, verdict, gpu")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}, gpu")
     parser.add_argument("--rounds", type=int, default=3, help="rounds that count [3]")
     parser.add_argument("--megabytes", type=int, default=200, help="of text for corpus [200]")
     parser.add_argument("--json", metavar="PATH", help="append each row to a JSON lines file")
@@ -632,17 +636,16 @@ def main():
     parser.add_argument("--device", default="auto", help="for gpu [the GPU]")
     parser.add_argument("--tiny", action="store_true", help="gpu with tiny models")
     args = parser.parse_args()
-    if unknown := set(args.parts) - {*PARTS, "verdict", "gpu"}:
-        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}, verdict, gpu")
+    if unknown := set(args.parts) - {*PARTS, "gpu"}:
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(PARTS)}, gpu")
     if "gpu" in args.parts:
         return gpu(args)
     report(args.json, "machine", machine(model.choose_device()[0]))
     # In this order: from training on, this process keeps its memory, which sample.py does not.
-    parts = PARTS | {"verdict": verdict}
-    for name in [name for name in parts if name in (args.parts or PARTS)]:
+    for name in [name for name in PARTS if name in (args.parts or {*PARTS} - {"verdict"})]:
         options = {"megabytes": args.megabytes} if name == "corpus" else {}
-        print(f"{name}: {parts[name].__doc__}")
-        for row, value in parts[name](args.rounds, **options).items():
+        print(f"{name}: {PARTS[name].__doc__}")
+        for row, value in PARTS[name](args.rounds, **options).items():
             report(args.json, name, row, value=value)
 
 

@@ -863,7 +863,7 @@ def flip(path):
     [
         (lambda d: (d / "train.bin").write_bytes(b"\1\0" * 99), "does not describe its 99 ids"),
         (
-            lambda d: (d / "val.bin").write_bytes(b"\1"),
+            lambda d: (d / "val.bin").write_bytes((d / "val.bin").read_bytes()[:-1]),
             "val.bin is incomplete, damaged or of another",
         ),
         (lambda d: (d / "val.bin").unlink(), "there is no data/words/val.bin"),
