@@ -28,6 +28,7 @@ from pathlib import Path
 
 from config import UserError, atomic_write, check_ranges
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -81,11 +82,12 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor, cache=None, angles=None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        q, k, v = qkv.transpose(1, 3).unbind(2)  # each (B, H, T, D)
+        qk, v = qkv.split((2, 1), dim=2)
         if self.qk_norm:
-            q, k = rms_norm(q), rms_norm(k)
+            qk = rms_norm(qk)
         if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
+            qk = rotate(qk, *angles)
+        (q, k), (v,) = qk.transpose(1, 3).unbind(2), v.transpose(1, 3).unbind(2)  # (B, H, T, D)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, H, all tokens so far, D)
             q = q.to(k.dtype)
@@ -107,8 +109,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)  # (B, T, 4C)
-        x = F.gelu(x, approximate="tanh")  # OpenAI's form of GELU (Hendrycks & Gimpel 2016)
-        return self.c_proj(x)  # (B, T, C)
+        return self.c_proj(gelu(x))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -436,38 +437,54 @@ def norm(config: GPTConfig) -> nn.Module:
 
 
 def rotation(positions: Tensor, D: int) -> tuple[Tensor, Tensor]:
-    """Return cosine and sine (T, D/2) of the angles for `rotate` at `positions` (T,).
+    """Return cosines and sines for `rotate`, (T, 1, 1, D) each, at `positions` (T,).
 
     The angle of channel pair i at position t is t * 10,000^(-2i/D) radians.
     """
     frequencies = 10_000.0 ** -(torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
-    angles = positions[:, None] * frequencies  # (T, D/2)
-    return angles.cos(), angles.sin()
+    angles = (positions[:, None] * frequencies)[:, None, None]  # (T, 1, 1, D/2)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair of channels (i, i + D/2) of queries or keys `x` (B, H, T, D)."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    left, right = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    """Rotate each pair of channels (i, i + D/2) of `x` (B, T, ..., H, D): queries and keys."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # the other channel of each pair
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
 
 # --- Faster on a CPU ------------------------------------------------------------------------------
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Return `F.dropout(x, p)`; on a CPU draw one 64-bit random number for four elements.
+def gelu(x: Tensor) -> Tensor:
+    """Return GELU (Hendrycks & Gimpel 2016) of `x` in OpenAI's form, with a tanh.
 
-    F.dropout draws one for each element, which is most of its time on a CPU. Here `p` is rounded to
-    a multiple of 1/65,536.
+    In bfloat16 on a CPU it is the exact form, with an error function, in a third of the time: they
+    differ by at most 0.0005, where rounding `x` to bfloat16 changes the result by up to 0.008.
     """
-    if not x.is_cpu:
+    exact = x.is_cpu and x.dtype == torch.bfloat16
+    return F.gelu(x, approximate="none" if exact else "tanh")
+
+
+# The integers as wide as the elements of a tensor, by their bytes.
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Return `F.dropout(x, p)`; on a CPU with one random integer as wide as each element of `x`.
+
+    F.dropout's generator takes most of its time on a CPU; numpy's SFC64 is several times as fast.
+    """
+    if not x.is_cpu or torch.compiler.is_compiling():
         return F.dropout(x, p)
-    numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    numbers = numbers.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-2^15, 2^15)
-    dropped = min(round(p * 2**16), 2**16 - 1)
-    keep = torch.ge(numbers, dropped - 2**15, out=torch.empty_like(x))  # 0 or 1, in one pass
-    return x * keep.mul_(2**16 / (2**16 - dropped))
+    seed = int(torch.randint(2**63 - 1, ()))  # so that the mask follows from torch.manual_seed
+    numbers = np.random.SFC64(seed).random_raw(-(-x.numel() * x.element_size() // 8))  # 64 bits
+    integer = INTEGERS[x.element_size()]
+    numbers = torch.from_numpy(numbers).view(integer)[: x.numel()].view(x.shape)
+    values = torch.iinfo(integer)
+    dropped = values.min + round(p * (values.max - values.min))
+    kept = torch.tensor(1 / (1 - p), dtype=x.dtype).view(integer)  # its bits, as an integer
+    return x * numbers.ge_(dropped).mul_(kept).view(x.dtype)  # 0 or 1, then 0 or 1 / (1 - p)
 
 
 class Dropout(nn.Dropout):
@@ -672,7 +689,7 @@ class Muon(torch.optim.Muon):
 
 
 def newton_schulz(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
-    """Return the orthogonal matrices nearest to `x` (..., M, N), approximately, in `dtype`.
+    """Return the orthogonal matrices nearest to `x` (n, M, N), approximately, in `dtype`.
 
     Their singular values are between 0.7 and 1.2. Newton-Schulz iteration with the coefficients of
     Jordan et al. 2024, https://kellerjordan.github.io/posts/muon
@@ -682,7 +699,8 @@ def newton_schulz(x: Tensor, dtype: torch.dtype, steps: int = 5) -> Tensor:
         x = x.mT
     for _ in range(steps):
         A = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * A + 2.0315 * A @ A) @ x
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)  # -4.7750 A + 2.0315 A A
+        x = torch.baddbmm(x, B, x, beta=3.4445)  # 3.4445 x + B x
     return x.mT if tall else x
 
 

@@ -262,8 +262,10 @@ def train(config: TrainConfig, run_id: str) -> int:
             total_loss += micro_loss.detach()
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), config.grad_clip or math.inf)
-        loss, norm = to_numbers(total_loss, norm)  # over all ranks; waits for the device
+        total_norm = torch.nn.utils.get_total_norm([p.grad for p in gpt.parameters()])
+        loss, norm = to_numbers(total_loss, total_norm)  # over all ranks; waits for the device
+        if 0 < config.grad_clip < norm:
+            torch.nn.utils.clip_grads_with_norm_(gpt.parameters(), config.grad_clip, total_norm)
         skipped = 0 if math.isfinite(loss + norm) else skipped + 1  # updates in a row
         for optimizer in optimizers:
             if not skipped:

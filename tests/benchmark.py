@@ -141,11 +141,13 @@ def training_step(run: Run, stamp=lambda phase: None, host_check: bool = True):
         loss += micro_loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(run.gpt.parameters(), config.grad_clip or math.inf)
-    finite = not host_check or math.isfinite(sum(train.to_numbers(loss, norm)))
+    total_norm = torch.nn.utils.get_total_norm([p.grad for p in run.gpt.parameters()])
+    loss, norm = train.to_numbers(loss, total_norm) if host_check else (0.0, math.inf)
+    if 0 < config.grad_clip < norm:
+        torch.nn.utils.clip_grads_with_norm_(run.gpt.parameters(), config.grad_clip, total_norm)
     stamp("clipping")
     for optimizer in optimizers:
-        if finite:
+        if not host_check or math.isfinite(loss + norm):
             optimizer.step()
         optimizer.zero_grad()
     scaler.update()

@@ -13,15 +13,19 @@ from model import (
     count_parameters,
     dropout,
     flops_per_token,
+    gelu,
     load_model,
     make_optimizers,
     newton_schulz,
     prepack,
     rms_norm,
+    rotate,
+    rotation,
 )
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,12 +215,13 @@ def test_dropout_works_in_training_alone():
     assert not torch.equal(gpt(idx), gpt(idx))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_dropout_has_the_right_rate_and_is_independent(p):
+def test_dropout_has_the_right_rate_and_is_independent(p, dtype):
     torch.manual_seed(0)
-    x, y = (dropout(torch.ones(1000, 1001), p) for _ in range(2))
+    x, y = (dropout(torch.ones(1000, 1001, dtype=dtype), p) for _ in range(2))
     kept = x > 0
-    assert torch.equal(x[kept], torch.full_like(x[kept], 1 / (1 - round(p * 65536) / 65536)))
+    assert torch.equal(x, kept * torch.tensor(1 / (1 - p), dtype=dtype))
     spread = math.sqrt(p * (1 - p) / x.numel())  # standard deviation of the mean of a fair draw
     assert abs((~kept).float().mean().item() - p) < 5 * spread + 1e-5
     assert (kept.float().mean(0) + p - 1).abs().max() < 6 * math.sqrt(p * (1 - p) / 1000)
@@ -241,6 +246,27 @@ def test_attention_with_dropout_is_attention(monkeypatch):
     expected = gpt(idx)
     monkeypatch.setattr("model.dropout", lambda x, p: x)
     torch.testing.assert_close(gpt.train()(idx), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_gelu_is_openais_form_within_the_rounding_of_its_input(dtype):
+    exact = torch.linspace(-6, 6, 2001, dtype=torch.float64, requires_grad=True)
+    x = exact.detach().to(dtype).requires_grad_()
+    y, expected = gelu(x), F.gelu(exact, approximate="tanh")
+    y.sum().backward()
+    expected.sum().backward()
+    eps = torch.finfo(dtype).eps
+    assert ((y - expected).abs() <= 1.2 * eps * exact.abs() + 0.1 * eps).all()
+    assert (x.grad - exact.grad).abs().max() < 10 * eps
+
+
+def test_rotate_turns_each_pair_of_channels_by_its_angle():
+    x, positions = torch.randn(2, 9, 3, 4, 8, dtype=torch.float64), torch.arange(9).double()
+    y = rotate(x, *rotation(positions, 8))
+    turned = torch.complex(x[..., :4], x[..., 4:])
+    angles = positions[:, None] * 10_000 ** (-torch.arange(4).double() / 4)
+    turned = turned * torch.polar(torch.ones_like(angles), angles)[:, None, None]
+    torch.testing.assert_close(y, torch.cat((turned.real, turned.imag), dim=-1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -619,7 +645,7 @@ def test_orthogonal_matrices_have_singular_values_near_one(rows, columns, seed):
     found = torch.linalg.svdvals(out)
     assert 0.3 < found.min() and found.max() < 1.3
     assert out.shape == (rows, columns)
-    assert not newton_schulz(torch.zeros(2, 3), torch.float32).any()
+    assert not newton_schulz(torch.zeros(1, 2, 3), torch.float32).any()
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------
