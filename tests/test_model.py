@@ -221,7 +221,8 @@ def test_dropout_has_the_right_rate_and_is_independent(p, dtype):
     torch.manual_seed(0)
     x, y = (dropout(torch.ones(1000, 1001, dtype=dtype), p) for _ in range(2))
     kept = x > 0
-    assert torch.equal(x, kept * torch.tensor(1 / (1 - p), dtype=dtype))
+    bits = 2 ** (8 * x.element_size())
+    assert torch.equal(x, kept * torch.tensor(bits / (bits - round(p * bits)), dtype=dtype))
     spread = math.sqrt(p * (1 - p) / x.numel())  # standard deviation of the mean of a fair draw
     assert abs((~kept).float().mean().item() - p) < 5 * spread + 1e-5
     assert (kept.float().mean(0) + p - 1).abs().max() < 6 * math.sqrt(p * (1 - p) / 1000)
@@ -248,25 +249,28 @@ def test_attention_with_dropout_is_attention(monkeypatch):
     torch.testing.assert_close(gpt.train()(idx), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_gelu_is_openais_form_within_the_rounding_of_its_input(dtype):
-    exact = torch.linspace(-6, 6, 2001, dtype=torch.float64, requires_grad=True)
-    x = exact.detach().to(dtype).requires_grad_()
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-6), (torch.bfloat16, 5e-4)])
+def test_gelu_is_openais_form(dtype, atol):
+    """In bfloat16 but for 0.0005, and for the rounding of the result."""
+    x = torch.linspace(-6, 6, 2001).to(dtype).requires_grad_()
+    exact = x.detach().double().requires_grad_()
     y, expected = gelu(x), F.gelu(exact, approximate="tanh")
     y.sum().backward()
     expected.sum().backward()
     eps = torch.finfo(dtype).eps
-    assert ((y - expected).abs() <= 1.2 * eps * exact.abs() + 0.1 * eps).all()
-    assert (x.grad - exact.grad).abs().max() < 10 * eps
+    torch.testing.assert_close(y.double(), expected, atol=atol, rtol=eps)
+    torch.testing.assert_close(x.grad.double(), exact.grad, atol=4 * atol, rtol=eps)
 
 
 def test_rotate_turns_each_pair_of_channels_by_its_angle():
-    x, positions = torch.randn(2, 9, 3, 4, 8, dtype=torch.float64), torch.arange(9).double()
+    torch.manual_seed(0)
+    x, positions = torch.randn(2, 9, 2, 4, 8, dtype=torch.float64), torch.arange(9).double()
     y = rotate(x, *rotation(positions, 8))
     turned = torch.complex(x[..., :4], x[..., 4:])
     angles = positions[:, None] * 10_000 ** (-torch.arange(4).double() / 4)
     turned = turned * torch.polar(torch.ones_like(angles), angles)[:, None, None]
-    torch.testing.assert_close(y, torch.cat((turned.real, turned.imag), dim=-1))
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -580,14 +584,15 @@ def test_every_parameter_has_one_optimizer_its_own_rate_and_decay(optimizer, tie
         assert dict(found)[p] == (expected[0], pytest.approx(expected[1]), expected[2]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(16, 16), (64, 16), (16, 64)])
-def test_muon_is_pytorchs(shape):
+def test_muon_is_pytorchs(shape, dtype):
     """But for queries, keys and values, and for the dtype: theirs is bfloat16, of two digits."""
     torch.manual_seed(0)
     start, options = torch.randn(shape), dict(lr=0.1, momentum=0.9, weight_decay=0.5)
     mine, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     optimizers = [
-        Muon([mine], torch.float32, **options),
+        Muon([mine], dtype, **options),
         torch.optim.Muon([theirs], **options),
     ]
     for _ in range(3):
