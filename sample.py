@@ -75,8 +75,6 @@ class SampleConfig:
         check_ranges(self, ranges | {"[1, 1e12]": "max_new_tokens top_k top_logprobs"})
         uses = ("start", "top_logprobs", "score", "export")
         uses = [name for name in uses if getattr(self, name) is not None]
-        if "" in (self.score, self.export):
-            raise ValueError("--score and --export need a name")
         if self.export is not None and self.dtype != "auto":
             raise ValueError("--export writes float32: leave out --dtype")
         if len(uses) > 1 and uses != ["start", "top_logprobs"]:
@@ -88,9 +86,8 @@ def main(argv: list[str]):
     name = config.init_from
     if name and "ckpt" in config.given:
         raise UserError("--ckpt and --init_from exclude each other: leave one out")
-    with user_errors():
-        device, dtype = choose_device(config.device, config.dtype)
-        gpt, saved = load_model(name) if name else load_checkpoint(config.ckpt)
+    device, dtype = choose_device(config.device, config.dtype)
+    gpt, saved = load_model(name) if name else load_checkpoint(config.ckpt)
     saved.pop("optimizer", None)  # releases its memory
     if config.export is not None:
         return export(gpt, saved["tokenizer"], config.export)
@@ -104,9 +101,14 @@ def main(argv: list[str]):
         score(config.score, saved, gpt, tokenizer)
     elif config.start is None and sys.stdin and sys.stdin.isatty():
         print("Type a prompt; an empty line ends, Ctrl-C ends a text early.")
-        while prompt := read_line():
-            with contextlib.suppress(KeyboardInterrupt):
-                write(prompt, config, gpt, tokenizer)
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  edit the line and recall earlier ones with arrow keys
+        try:
+            while prompt := input("> "):
+                with contextlib.suppress(KeyboardInterrupt):
+                    write(prompt, config, gpt, tokenizer)
+                print()
+        except EOFError:  # Ctrl-D
             print()
     else:
         write(read_prompt(config.start), config, gpt, tokenizer)
@@ -163,17 +165,6 @@ def read_prompt(start: str | None) -> str:
     return start
 
 
-def read_line() -> str:
-    """Return a line from the terminal; an empty one at its end."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  edit the line and recall earlier ones with arrow keys
-    try:
-        return input("> ")
-    except EOFError:
-        print()
-        return ""
-
-
 def encode(prompt: str, tokenizer, gpt: GPT) -> list[int]:
     """Return the token ids of a prompt. Raises UserError if the model cannot read them."""
     ids = prepare.encode_prompt(prompt, tokenizer)
@@ -211,11 +202,7 @@ def read_validation(saved: dict) -> torch.Tensor:
     """
     if "dataset" not in saved.get("config", {}):
         raise UserError("--score val: these weights do not name their dataset; give a file")
-    name = saved["config"]["dataset"]
-    splits, meta = prepare.load_dataset(name)
-    same = prepare.tokenizer_name(meta["tokenizer"]) == prepare.tokenizer_name(saved["tokenizer"])
-    if not same or saved.get("dataset", meta["fingerprint"]) != meta["fingerprint"]:
-        raise UserError(f"data/{name} is not what the model was trained on; give a file")
+    splits, _ = prepare.load_dataset(saved["config"]["dataset"], saved)
     return torch.from_numpy(splits["val"].astype("int64"))
 
 
@@ -263,8 +250,7 @@ def score(name: str, saved: dict, gpt: GPT, tokenizer):
 def export(gpt: GPT, tokenizer: str | None, folder: str):
     """Write weights and tokenizer files for Hugging Face's transformers."""
     files, end, lacking = {}, None, "tokenizer files: its tokenizer is not known"
-    with user_errors():
-        import_transformers("--export")
+    import_transformers("--export")
     if tokenizer is not None:
         try:
             encoding = prepare.get_tokenizer(tokenizer)

@@ -47,10 +47,6 @@ OTHER_NAMES = {
     "decay_lr": "use --lr_schedule",
     "eval_only": "use sample.py --score",
     "always_save_checkpoint": "use --checkpoint_interval",
-    "wandb_log": "use --wandb",
-    "wandb_project": "use --wandb and the environment variable WANDB_PROJECT",
-    "wandb_run_name": "use --wandb and the environment variable WANDB_NAME",
-    "backend": "the device decides it",
 }
 
 
