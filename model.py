@@ -811,10 +811,11 @@ def check_finite(*tensors: Tensor):
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's message, or its first two lines, as one line."""
+    """Return an error's message, or its first two lines that are not blank, as one line."""
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
         return "it asks for code to be run, which is refused: do not trust its source"
-    return " ".join(" ".join(str(error).splitlines()[:2]).split()) or repr(error)
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return " ".join(" ".join(lines[:2]).split()) or repr(error)
 
 
 def from_state(config: GPTConfig, state: dict[str, Tensor]) -> GPT:

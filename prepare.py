@@ -297,7 +297,8 @@ def load_dataset(name: str, saved: dict | None = None) -> tuple[dict[str, np.nda
             advice = "prepare it with the model's tokenizer (--tokenizer NAME or FILE)"
             raise UserError(f"the model reads {wanted} tokens, data/{name} holds {found}: {advice}")
         if saved.get("dataset", meta["fingerprint"]) != meta["fingerprint"]:
-            raise UserError(f"data/{name} is not what the model was trained on")
+            advice = "prepare it as it was, or use another"
+            raise UserError(f"data/{name} is not what the model was trained on: {advice}")
     return splits, meta
 
 
@@ -482,7 +483,7 @@ def list_files(sources: list[str]) -> dict:
     for source in sources:
         if os.path.isdir(source):
             files = sorted(list_folder(source))
-        elif os.path.exists(source):
+        elif os.path.isfile(source):
             files = [source]  # its name may look like a pattern
         else:
             files = sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))

@@ -75,6 +75,8 @@ class SampleConfig:
         check_ranges(self, ranges | {"[1, 1e12]": "max_new_tokens top_k top_logprobs"})
         uses = ("start", "top_logprobs", "score", "export")
         uses = [name for name in uses if getattr(self, name) is not None]
+        if "" in (self.score, self.export):
+            raise ValueError("--score and --export need a name")
         if self.export is not None and self.dtype != "auto":
             raise ValueError("--export writes float32: leave out --dtype")
         if len(uses) > 1 and uses != ["start", "top_logprobs"]:

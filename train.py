@@ -114,9 +114,8 @@ class TrainConfig(GPTConfig):
             raise ValueError("Muon needs whole matrices: take --parallel ddp or --optimizer adamw")
 
     def model_args(self) -> dict:
-        """Return the fields of GPTConfig among the settings; no vocab_size while it is None."""
-        values = {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
-        return {name: value for name, value in values.items() if value is not None}
+        """Return the fields of GPTConfig among the settings."""
+        return {field.name: getattr(self, field.name) for field in fields(GPTConfig)}
 
 
 # --- Data -----------------------------------------------------------------------------------------
@@ -181,7 +180,7 @@ def estimate_loss(
         count = min(windows, config.eval_iters * config.batch_size)
         starts = np.arange(count) * windows // count * T
         batches = []  # the summed loss, tokens and bytes of each batch of this rank
-        with evaluation_mode(gpt), autocast:  # casts the weights once for all batches
+        with evaluation_mode(gpt), autocast:  # casts the weights once
             for first in range(B * get_rank(), count + B * get_rank(), B * get_world_size()):
                 if any_rank(signals):
                     return {}
@@ -264,7 +263,7 @@ def train(config: TrainConfig, run_id: str) -> int:
             scaler.unscale_(optimizer)
         total_norm = torch.nn.utils.get_total_norm([p.grad for p in gpt.parameters()])
         loss, norm = to_numbers(total_loss, total_norm)  # over all ranks; waits for the device
-        if 0 < config.grad_clip < norm:
+        if 0 < config.grad_clip < norm:  # most updates need no scaling of all gradients
             torch.nn.utils.clip_grads_with_norm_(gpt.parameters(), config.grad_clip, total_norm)
         skipped = 0 if math.isfinite(loss + norm) else skipped + 1  # updates in a row
         for optimizer in optimizers:
@@ -496,8 +495,10 @@ def resume(config: TrainConfig, path: str) -> tuple[TrainConfig, GPT, dict]:
     """Return settings, model, and what else is saved in `path`; given settings take precedence."""
     dropout = {"dropout": config.dropout} if "dropout" in config.given else {}
     gpt, saved = load_model(path, **dropout)
-    for name in ("optimizer", "scaler", "config", "dataset", "step", "best_val_loss", "metrics"):
-        if name not in saved:
+    wanted = dict(tokenizer=str, optimizer=dict, scaler=dict, config=dict, dataset=str, step=int)
+    wanted |= dict(best_val_loss=float, metrics=list)
+    for name, kind in wanted.items():
+        if type(saved.get(name)) is not kind:
             raise UserError(f"{path} has no {name} to resume with: use --init_from {path}")
     types = typing.get_type_hints(TrainConfig)
     own = (types.keys() & saved["config"].keys()) - {"init_from", "out_dir"}

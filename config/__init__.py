@@ -47,6 +47,7 @@ OTHER_NAMES = {
     "decay_lr": "use --lr_schedule",
     "eval_only": "use sample.py --score",
     "always_save_checkpoint": "use --checkpoint_interval",
+    "backend": "the device decides it",
 }
 
 

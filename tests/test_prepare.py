@@ -622,6 +622,7 @@ def test_a_record_that_is_too_large_is_skipped_alone(command, folder, monkeypatc
         (["mixed"], "mixed mixes parquet (mixed/c.parquet) and text (mixed/a.txt): give a pattern"),
         (["mixed/*", "--dataset=d"], "mixed/* mixes parquet (mixed/c.parquet) and text"),
         (["nothing"], "cannot read nothing: no file found"),
+        (["-", "--dataset=d"], "cannot read -: no file found"),
         (["none/*.jsonl", "--dataset=d"], "cannot read none/*.jsonl: no file found"),
         (["no*.x"], "'no*' is not a folder name: give one with --dataset"),
         (["/"], "'' is not a folder name: give one with --dataset"),
@@ -715,10 +716,23 @@ def test_stopped_at_any_step_of_saving(dataset, monkeypatch, killed, vocabularie
     assert found == ["old"] * (files + 2) + ["refused"] * 3 * files + ["new"]
 
 
-def test_the_second_of_two_programs_is_refused(command, folder):
+def test_the_second_of_two_programs_is_refused(command, folder, monkeypatch):
     (folder / "a.txt").write_text("a" * 50)
-    argv = ["a.txt", "--dataset=d", "--tokenizer=bytes"]
-    assert command("prepare.py", *argv)[0] == 0
+    argv, seen, encode_files = (
+        ["a.txt", "--dataset=d", "--tokenizer=bytes"],
+        [],
+        prepare.encode_files,
+    )
+
+    def look(*args):  # while the first one is at work
+        with pytest.raises(config.UserError, match="is writing there"), config.lock("data/d"):
+            pass
+        seen.append(1)
+        return encode_files(*args)
+
+    monkeypatch.setattr(prepare, "encode_files", look)
+    assert command("prepare.py", *argv)[0] == 0 and seen
+    monkeypatch.setattr(prepare, "encode_files", encode_files)
     (folder / "a.txt").write_text("b" * 50)
     with config.lock("data/d"):
         code, out, err = command("prepare.py", *argv)

@@ -293,6 +293,8 @@ def test_half_a_character_prints_cleanly(command, trained, monkeypatch):
         (["--export=other"], "config.json is not of a GPT: name a new folder"),
         (["--score=none.txt"], "cannot read none.txt"),
         (["--score=one.txt"], "needs at least two tokens"),
+        (["--score="], "--score and --export need a name"),
+        (["--export="], "--score and --export need a name"),
         (["--score=latin.txt"], "latin.txt is not UTF-8 text (see byte 1)"),
         (["--export=words.txt"], "words.txt"),
         (["--init_from=data"], "cannot read data as GPT-2 or NanoChat: "),
