@@ -718,11 +718,8 @@ def test_stopped_at_any_step_of_saving(dataset, monkeypatch, killed, vocabularie
 
 def test_the_second_of_two_programs_is_refused(command, folder, monkeypatch):
     (folder / "a.txt").write_text("a" * 50)
-    argv, seen, encode_files = (
-        ["a.txt", "--dataset=d", "--tokenizer=bytes"],
-        [],
-        prepare.encode_files,
-    )
+    argv = ["a.txt", "--dataset=d", "--tokenizer=bytes"]
+    seen, encode_files = [], prepare.encode_files
 
     def look(*args):  # while the first one is at work
         with pytest.raises(config.UserError, match="is writing there"), config.lock("data/d"):
