@@ -279,9 +279,8 @@ def load_dataset(name: str, saved: dict | None = None) -> tuple[dict[str, np.nda
     for split in ("train", "val"):
         path = folder / f"{split}.bin"
         if not path.is_file():
-            how = name if name in KNOWN_TEXTS else f"FILE --dataset {name}"
-            advice = f"make it with: python prepare.py {how} (a config file's first lines say more)"
-            raise UserError(f"there is no {path.as_posix()}; {advice}")
+            how = "the first lines of the config file, or prepare.py --help, say how"
+            raise UserError(f"there is no {path.as_posix()}; make it with python prepare.py: {how}")
         try:
             splits[split] = ids = open_memmap(path, meta["dtype"])
             found = {f"{split}_tokens": len(ids), f"{split}_fingerprint": fingerprint(ids)}
@@ -488,7 +487,7 @@ def list_files(sources: list[str]) -> dict:
         else:
             files = sorted(filter(os.path.isfile, glob.glob(source, recursive=True)))
         if not files:
-            raise UserError(f"cannot read {source}: no file found")
+            raise UserError(f"cannot read {source}: no file found (pipes are not read)")
         formats = {file_format(path): path for path in files}
         if len(formats) > 1:
             mixed = " and ".join(f"{name} ({path})" for name, path in sorted(formats.items()))
@@ -1052,13 +1051,12 @@ def fetch(source: str, dataset: str) -> tuple[str, str]:
             download(url, sha256, path)
         except (OSError, UnicodeError, http.client.HTTPException) as error:
             by_hand = f"save {url} as {path.as_posix()}"
-            by_hand += " and give that path" if address else ""
+            by_hand += " and give that path" if address else " and run this again"
             if source != "verdict":
                 raise UserError(f"cannot download {source} ({error}): {by_hand}") from error
             print(
                 "*" * 78 + f"\n  This is NOT The Verdict: it cannot be downloaded ({error}).\n"
-                f"  A stand-in story takes its place. For the real one,\n  {by_hand}\n"
-                "  and run this again.\n" + "*" * 78
+                f"  A stand-in story takes its place. For the real one,\n  {by_hand}.\n" + "*" * 78
             )
             return str(STAND_IN), "the stand-in story (config/stand_in.txt), NOT The Verdict"
     if sha256 not in ("", hashlib.sha256(path.read_bytes()).hexdigest()):

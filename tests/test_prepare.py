@@ -89,7 +89,8 @@ def test_stand_in_when_the_verdict_cannot_be_downloaded(command, folder, monkeyp
     assert not (folder / "data/verdict/input.txt").exists()  # the real one can still come
     code, _, err = command("prepare.py", "neko", "--tokenizer", "bytes")
     assert code == 2 and err.count("\n") == 1 and "cannot download neko (" in err
-    assert err.endswith(": save https://nlp100.github.io/data/neko.txt as data/neko/input.txt\n")
+    saved = "save https://nlp100.github.io/data/neko.txt as data/neko/input.txt and run this again"
+    assert err.endswith(f": {saved}\n")
     text = prepare.STAND_IN.read_text(encoding="utf-8")
     assert 19_000 < len(text) < 21_000
     ids = read(folder / "data/verdict", "train") + read(folder / "data/verdict", "val")

@@ -922,7 +922,7 @@ def test_nanogpt_data_is_read_as_gpt2_ids(command, folder):
 
 
 REFUSED = {
-    "--dataset=none_such": "data/none_such/train.bin; make it with: python prepare.py",
+    "--dataset=none_such": "data/none_such/train.bin; make it with python prepare.py: ",
     "--context_length=99999": "too few for context_length 99,999: take --context_length",
     "--vocab_size=50": "vocab_size is 50",
     "--n_embd=15": "n_embd (15) must be a multiple of n_head (2)",
