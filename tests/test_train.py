@@ -1001,7 +1001,8 @@ def test_help_lists_every_setting_without_data(command, folder, script):
 
 def test_a_second_run_in_the_same_folder_is_refused(dataset, folder, shell):
     argv = [sys.executable, str(ROOT / "train.py"), *TINY, "--max_iters=100000"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+    heard = dict(preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))  # under nohup too
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, **heard) as process:
         next(line for line in process.stdout if " loss " in line and "lr" in line)
         code, _, err = shell("train.py", *TINY)
         process.send_signal(signal.SIGHUP)  # as of a closed terminal
