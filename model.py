@@ -471,7 +471,7 @@ def gelu(x: Tensor) -> Tensor:
 def dropout(x: Tensor, p: float) -> Tensor:
     """Return `F.dropout(x, p)`; on a CPU with random numbers of numpy's SFC64.
 
-    F.dropout takes most of its time there for random numbers, and SFC64 is several times as fast.
+    F.dropout takes most of its time there for random numbers, and SFC64 is about twice as fast.
     An element is dropped where a random integer of its width is small, so `p` is rounded to a
     multiple of 2^-16 in 16 bits.
     """
