@@ -141,7 +141,7 @@ def training_step(run: Run, stamp=lambda phase: None, host_check: bool = True):
         loss += micro_loss.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    total_norm = torch.nn.utils.get_total_norm([p.grad for p in run.gpt.parameters()])
+    total_norm = model.gradient_norm(run.gpt)
     loss, norm = train.to_numbers(loss, total_norm) if host_check else (0.0, math.inf)
     if 0 < config.grad_clip < norm:
         torch.nn.utils.clip_grads_with_norm_(run.gpt.parameters(), config.grad_clip, total_norm)

@@ -14,6 +14,7 @@ from model import (
     dropout,
     flops_per_token,
     gelu,
+    gradient_norm,
     load_model,
     make_optimizers,
     newton_schulz,
@@ -260,6 +261,15 @@ def test_gelu_is_openais_form(dtype, atol):
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), expected, atol=atol, rtol=eps)
     torch.testing.assert_close(x.grad.double(), exact.grad, atol=4 * atol, rtol=eps)
+
+
+def test_the_gradient_norm_is_that_of_all_gradients():
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(768, 3072), torch.nn.Embedding(5, 7))
+    for p in module.parameters():
+        p.grad = torch.randn_like(p)
+    exact = sum(p.grad.double().square().sum() for p in module.parameters()).sqrt().item()
+    assert gradient_norm(module).item() == pytest.approx(exact, rel=5e-6)  # PyTorch's: 4e-5 off
 
 
 def test_rotate_turns_each_pair_of_channels_by_its_angle():
