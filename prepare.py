@@ -808,8 +808,7 @@ def own_vocabulary(files: dict[str, str | None], config: PrepareConfig) -> str |
     need("tokenizers", "own vocabularies")
     if trained:
         return train_tokenizer(files, config)
-    path = Path(name, "tokenizer.json") if os.path.isdir(name) else Path(name)
-    return path.read_text(encoding="utf-8-sig").strip()
+    return read_text(Path(name, "tokenizer.json") if os.path.isdir(name) else name).strip()
 
 
 def train_tokenizer(files: dict[str, str | None], config: PrepareConfig) -> str:

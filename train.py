@@ -416,7 +416,7 @@ def read_text(config: TrainConfig, splits: dict, meta: dict) -> Text:
         if get_rank() == 0:
             tokenizer, prompt = prepare.get_tokenizer(meta["tokenizer"]), config.sample_prompt
             if prompt is None:
-                ids = whole_characters(splits["val"][:8].tolist(), tokenizer)
+                ids = splits["val"][:8].tolist()  # may end within a character: the model goes on
             else:
                 ids = prepare.encode_prompt(prompt, tokenizer)
             if max(ids, default=0) >= config.vocab_size:
@@ -427,13 +427,6 @@ def read_text(config: TrainConfig, splits: dict, meta: dict) -> Text:
     except UserError as error:
         print0(f"no samples, no bits per byte: {error}")
     return Text(tokenizer, *all_gather(rest)[0])
-
-
-def whole_characters(ids: list[int], tokenizer) -> list[int]:
-    """Return token ids without the last ones if these are only part of a character."""
-    raw = prepare.decode_bytes(tokenizer, ids)
-    whole = raw == raw.decode(errors="ignore").encode()
-    return ids if whole else whole_characters(ids[:-1], tokenizer)
 
 
 def write_sample(gpt: GPT, text: Text, log: "Log", autocast):

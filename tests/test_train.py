@@ -632,15 +632,6 @@ def test_a_sample_prompt_outside_the_vocabulary(command, dataset):
     assert (code, err) == (0, "") and "no samples: 'Every effort' is outside the vocabulary" in out
 
 
-def test_the_default_prompt_ends_with_a_whole_character(command, folder):
-    """Eight tokens of bytes end within the third character."""
-    (folder / "neko.txt").write_text("\u543e\u8f29\u306f\u732b" * 30, encoding="utf-8")
-    assert command("prepare.py", "neko.txt", "--tokenizer=bytes")[0] == 0
-    config = train.TrainConfig(dataset="neko", vocab_size=257)
-    splits, meta = prepare.load_dataset("neko")
-    assert bytes(train.read_text(config, splits, meta).prompt).decode() == "\u543e\u8f29"
-
-
 def test_another_validation_split_is_another_dataset(command, dataset):
     command("train.py", *TINY)
     ids = np.fromfile("data/words/val.bin", np.uint16)
