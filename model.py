@@ -189,7 +189,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V), with a cache (B, 1, V)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # (B T, V), (B T)
+        wide = torch.promote_types(logits.dtype, torch.float32)  # 16 bits lose sums of losses
+        return F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten())  # (B T, V), (B T)
 
     @torch.no_grad()
     def generate(
@@ -566,7 +567,7 @@ def gradient_norm(gpt: nn.Module) -> Tensor:
     """
     gradients = [p.grad for p in gpt.parameters()]
     if gradients[0].is_cpu:
-        gradients = [torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients]
+        gradients = [torch.linalg.vector_norm(g, dim=-1) if g.dim() > 1 else g for g in gradients]
     return torch.nn.utils.get_total_norm(gradients)
 
 
@@ -770,9 +771,9 @@ def load_checkpoint(path: str, **changes) -> tuple[GPT, dict]:
         args = checkpoint.pop("model_args") if "model_args" in checkpoint else book_shape(state)
         if "block_size" in args:  # nanoGPT's name
             args["context_length"] = args.pop("block_size")
+            tied = state["lm_head.weight"].equal(state["transformer.wte.weight"])
+            args.setdefault("tie_weights", tied)  # in some of its descendants they are not
         gpt = from_state(GPTConfig(**args | changes), state)
-        if type(checkpoint.get("tokenizer")) not in (str, type(None)):
-            raise ValueError("its tokenizer is not a text")
         if "tokenizer" not in checkpoint:
             checkpoint |= guess_tokenizer(gpt.config.vocab_size)
         return gpt, checkpoint
@@ -851,9 +852,6 @@ def from_state(config: GPTConfig, state: dict[str, Tensor]) -> GPT:
         raise ValueError(f"tensors of {len(layers)} layers, but n_layer is {config.n_layer}")
     with torch.device("meta"):  # allocates no memory
         gpt = GPT(config)
-    for name, tensor in state.items():
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            raise ValueError(f"{name} is of {tensor.dtype}, {tensor.layout}")
     state = {name: tensor.float().contiguous() for name, tensor in state.items()}
     gpt.load_state_dict(state, assign=True)
     gpt._tie_weights()

@@ -259,6 +259,7 @@ def save_dataset(
 # --- Opening a dataset ----------------------------------------------------------------------------
 
 
+@user_errors()
 def load_dataset(name: str, saved: dict | None = None) -> tuple[dict[str, np.ndarray], dict]:
     """Return the ids of data/<name>, memory-mapped, by split, and the contents of meta.json.
 
@@ -393,19 +394,12 @@ def open_memmap(path: str | Path, dtype: str) -> np.ndarray:
     return ids
 
 
-def sample_blocks(ids: np.ndarray) -> Iterator[np.ndarray]:
-    """Yield up to 64 evenly spaced blocks of 65,536 ids: all of a small array, part of a large."""
-    size = 2**16
+def fingerprint(ids: np.ndarray) -> str:
+    """Return a hash of the length and of up to 64 evenly spaced blocks of 65,536 ids."""
+    digest, size = hashlib.sha256(f"{len(ids)} {ids.dtype.itemsize}".encode()), 2**16
     count = min(64, -(-len(ids) // size))
     for start in np.linspace(0, max(0, len(ids) - size), count, dtype=np.int64):
-        yield ids[start : start + size]
-
-
-def fingerprint(ids: np.ndarray) -> str:
-    """Return a hash of the length and of `sample_blocks`, in a time that does not grow with ids."""
-    digest = hashlib.sha256(f"{len(ids)} {ids.dtype.itemsize}".encode())
-    for block in sample_blocks(ids):
-        digest.update(block.tobytes())
+        digest.update(ids[start : start + size].tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -417,12 +411,8 @@ LARGEST_DOCUMENT = 2**26  # bytes
 # What gzip and pyarrow raise for a file that is damaged, cut off or of another format.
 UNREADABLE = (OSError, EOFError, ValueError, zlib.error, LookupError, NotImplementedError)
 
-# Files that are no text, by their first bytes, where these say more than "not UTF-8" or "has NULs".
-NO_TEXT = {
-    "a PDF": (b"%PDF",),
-    "PostScript or RTF": (b"%!PS", b"{\\rtf"),
-    "compressed: unpack it first": (b"\x1f\x8b", b"\xfd7zXZ", b"7z\xbc\xaf", b"(\xb5/\xfd"),
-}
+# The first bytes of PDF, PostScript, RTF, gzip, xz, 7z and zstd files, some of which are all ASCII.
+NO_TEXT = (b"%PDF", b"%!PS", b"{\\rtf", b"\x1f\x8b", b"\xfd7zXZ", b"7z\xbc\xaf", b"(\xb5/\xfd")
 
 
 class Record(NamedTuple):
@@ -536,9 +526,8 @@ def read_blocks(file: BinaryIO, where: str | Path) -> Iterator[str]:
     """Yield the text of a file in blocks. Raises UserError if it is empty or no UTF-8 text."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()  # -sig: drops a byte-order mark
     block, empty = file.read(BATCH_SIZE), True
-    for what, signatures in NO_TEXT.items():
-        if block.startswith(signatures):
-            raise UserError(f"{where} is not text but {what}")
+    if block.startswith(NO_TEXT):
+        raise UserError(f"{where} is not text but a PDF, PostScript, RTF or compressed file")
     while block or not empty:
         if b"\0" in block:
             raise UserError(f"{where} is not text: it has NUL bytes, as binary files and UTF-16 do")
@@ -964,9 +953,8 @@ VOCABULARY_PACKAGES = {
 
 def load_encoding(name: str) -> tiktoken.Encoding:
     """Return tiktoken's encoding; if its host is out of reach, with files from a package."""
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     # tiktoken's own default is the system's temporary folder, which is emptied.
-    cache = cache or os.path.expanduser("~/.cache/tiktoken")
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or os.path.expanduser("~/.cache/tiktoken")
     os.environ["TIKTOKEN_CACHE_DIR"] = cache
     try:
         try:

@@ -84,6 +84,8 @@ def run(main):
         if error.filename is not None:
             raise
         sys.stdout = open(os.devnull, "w")
+        if isinstance(error.__context__, UserError):  # the reason why `main` ended
+            stop(error.__context__, 2)
         if not isinstance(error, BrokenPipeError):  # `| head` has closed standard output
             stop(f"cannot write to standard output: {error.strerror}", 2)
 

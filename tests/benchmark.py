@@ -18,6 +18,7 @@ rows are left out; rows of gpu name the package they lack (tiktoken, for all tha
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -385,6 +386,8 @@ torch.save(model.state_dict(), os.devnull)
 
 def verdict(rounds: int) -> dict[str, float]:
     """The whole command of config/verdict.py, and the same run with the book's package."""
+    if not importlib.util.find_spec("llms_from_scratch"):
+        sys.exit("verdict needs the book's package: pip install --no-deps llms-from-scratch")
     times, own = {}, ("THP_MEM_ALLOC_ENABLE", "GOMP_SPINCOUNT")  # train.py sets them for itself
     env = {name: value for name, value in os.environ.items() if name not in own}
     quiet = subprocess.DEVNULL

@@ -677,11 +677,6 @@ def checkpoint_bytes(keep: int = 4, **changes) -> bytes:
     return file.getvalue()
 
 
-def changed(function) -> dict:
-    state = small().state_dict()
-    return state | {"transformer.ln_f.weight": function(state["transformer.ln_f.weight"])}
-
-
 class Malice:
     def __reduce__(self):
         return os.mkdir, ("malice",)
@@ -706,9 +701,6 @@ class Malice:
         (checkpoint_bytes(model={}), "tensors of 0 layers"),
         (checkpoint_bytes(model={"transformer.h.0": 3, "transformer.h.1": 3}), "'int' object"),
         (checkpoint_bytes(model={3: torch.ones(2)}), "'int' object"),
-        (checkpoint_bytes(model=changed(lambda t: t.to_sparse())), "layout|sparse"),
-        (checkpoint_bytes(model=changed(lambda t: t.int())), "is of torch.int32"),
-        (checkpoint_bytes(model=changed(lambda t: t + 1j)), "is of torch.complex64"),
     ],
 )
 def test_checkpoints_from_strangers(tmp_path, monkeypatch, data, message):
@@ -746,9 +738,10 @@ def test_a_damaged_checkpoint_never_loads_as_another_model(tmp_path_factory, dat
         pass
 
 
-def test_nanogpts_checkpoint_loads(tmp_path):
-    """Written by `torch.compile`d code of another name for context_length, with a tied head."""
-    gpt = small()
+@pytest.mark.parametrize("tied", [True, False])  # untied in some of nanoGPT's descendants
+def test_nanogpts_checkpoint_loads(tmp_path, tied):
+    """Written by `torch.compile`d code of another name for context_length."""
+    gpt = small(tie_weights=tied)
     state = {f"_orig_mod.{name}": tensor for name, tensor in gpt.state_dict().items()}
     state["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
     args = dict(n_layer=2, n_head=2, n_embd=16, block_size=8, bias=True, vocab_size=50, dropout=0.0)
@@ -757,7 +750,7 @@ def test_nanogpts_checkpoint_loads(tmp_path):
     loaded, idx = GPT.from_checkpoint(tmp_path / "ckpt.pt", dropout=0.1), torch.randint(50, (2, 8))
     assert loaded.config.context_length == 8 and loaded.config.dropout == 0.1
     assert torch.equal(loaded(idx), gpt(idx))
-    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert (loaded.lm_head.weight is loaded.transformer.wte.weight) == tied
 
 
 def book_state(C: int, qkv_bias: bool) -> dict:

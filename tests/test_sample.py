@@ -126,6 +126,15 @@ def test_score(command, trained, folder, length):
     assert float(numbers[3]) == pytest.approx(loss / math.log(2), abs=2e-4)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_score_in_16_bits_is_the_score(command, trained, folder, dtype):
+    """The sum of many losses is not rounded to 16 bits."""
+    argv = ["sample.py", "--score=words.txt"]
+    exact, found = (command(*argv, *more)[1].split() for more in ([], [f"--dtype={dtype}"]))
+    assert exact[:2] == found[:2] and int(exact[1].replace(",", "")) > 5000
+    assert float(found[3]) == pytest.approx(float(exact[3]), rel=5e-3)
+
+
 def test_score_reads_standard_input(trained, shell, folder):
     text = (folder / "words.txt").read_text()[:50]
     (folder / "some.txt").write_text(text)
@@ -168,6 +177,18 @@ def test_the_prompt_loop(command, trained):
     for prompt in ("every", "the"):
         _, text, _ = command("sample.py", f"--start={prompt}", *argv[2:])
         assert f"> \n{prompt}\r\n{text.rstrip(chr(10))}\r\n" in seen
+
+
+def test_a_closed_output_does_not_hide_a_failure(folder):
+    """What is buffered for `| head` cannot be written when the program ends."""
+    (folder / "bad.jsonl").write_text("{\n" * 9)
+    words = [sys.executable, str(ROOT / "prepare.py"), "bad.jsonl", "--on_error=skip"]
+    words += ["--tokenizer=bytes"]
+    buffered = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    shell = ["bash", "-c", 'set -o pipefail; "$@" | true', "_", *words]
+    done = subprocess.run(shell, capture_output=True, text=True, env=buffered)
+    assert done.returncode == 2 and "no text is left for train.bin" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_outputs_that_are_closed_or_cut_short(trained, folder):

@@ -1,3 +1,4 @@
+import contextlib
 import math
 import os
 import platform
@@ -6,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 
 import config
@@ -604,17 +606,23 @@ def test_a_full_disk_costs_lines_of_metrics_and_nothing_else(command, dataset, m
 # --- Datasets and weights -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampled", [True, False])
-def test_ids_outside_the_vocabulary_wherever_they_are(command, dataset, monkeypatch, sampled):
+def test_ids_outside_the_vocabulary_wherever_they_are(command, dataset):
     ids = np.fromfile("data/words/train.bin", np.uint16)
     ids[5000] = 40_000
     ids.tofile("data/words/train.bin")
     os.remove("data/words/meta.json")
-    if not sampled:  # as in a huge file
-        monkeypatch.setattr(prepare, "sample_blocks", lambda ids: [ids[:100]])
     code, _, err = command("train.py", *TINY, "--vocab_size=257", "--max_iters=900")
     assert code == 2 and "data/words holds token id 40,000; vocab_size is 257" in err
     assert err.count("\n") == 1
+
+
+def test_a_dataset_that_cannot_be_mapped(command, dataset, monkeypatch):
+    def memmap(*args, **options):
+        raise OSError(19, "No such device")  # as on file systems without mmap
+
+    monkeypatch.setattr(np, "memmap", memmap)
+    code, _, err = command("train.py", *TINY)
+    assert code == 2 and "train.py: [Errno 19] No such device" in err and err.count("\n") == 1
 
 
 def test_a_text_of_a_few_letters(command, folder):
@@ -1018,6 +1026,21 @@ def test_a_run_saves_at_evaluations(command, dataset, folder, monkeypatch):
     monkeypatch.setattr(train, "save_checkpoint", save)
     assert command("train.py", *TINY, "--max_iters=15")[0] == 0
     assert saved == [3, 6, 9, 15]
+
+
+def test_saving_the_best_does_not_delay_checkpoints(command, dataset, folder, monkeypatch):
+    saved, original = [], train.atomic_write
+
+    @contextlib.contextmanager
+    def slow(path):
+        with original(path) as file:
+            yield file
+        time.sleep(0.3 * (path.name == "best.ckpt"))
+        saved.append(path.name)
+
+    monkeypatch.setattr(train, "atomic_write", slow)
+    assert command("train.py", *TINY, "--save_best", "--max_iters=15")[0] == 0
+    assert saved.count("best.ckpt") == 5 and saved.count("model.ckpt") > 2
 
 
 def test_weights_that_the_run_would_move_are_refused(command, dataset, folder):
