@@ -146,7 +146,7 @@ class GPT(nn.Module):
         self.apply(self._init_weights)
         for embedding in (self.transformer.wte, self.transformer.wpe):
             nn.init.normal_(embedding.weight, std=config.embedding_std)
-        if config.rotary:  # created first, to keep the random numbers of the other weights
+        if config.rotary:  # created above so that the other weights' random numbers are kept
             del self.transformer.wpe
 
     def _tie_weights(self):
@@ -154,7 +154,7 @@ class GPT(nn.Module):
             self.lm_head.weight = self.transformer.wte.weight
 
     def _init_weights(self, module: nn.Module):
-        """Use GPT-2's std of 0.02, scaled down where 2 n_layer outputs add up in `x`."""
+        """Draw weights with GPT-2's std of 0.02, divided by sqrt(2 n_layer) in each `c_proj`."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -166,8 +166,8 @@ class GPT(nn.Module):
         """Return logits (B, T, V), or with `targets` the mean cross-entropy in nats, a scalar.
 
         idx and targets are int64 (B, T), with T at most `context_length`; targets of -100 are
-        ignored. With a `cache` (a KVCache that has advanced by T) idx continues the cached tokens,
-        with T = 1 unless there are none yet, and the logits are (B, 1, V), of the last position.
+        ignored. With a `cache` (a KVCache, advanced by T) idx holds the tokens after the cached
+        ones; T must be 1 unless the cache was empty. Logits are (B, 1, V), of the last position.
         """
         T = idx.shape[1]
         positions = torch.arange(T, device=idx.device) if cache is None else cache.positions
@@ -177,7 +177,7 @@ class GPT(nn.Module):
         else:
             x = x + self.transformer.wpe(positions)  # (B, T, C) + (T, C)
         if self.config.rms_norm:
-            x = self.transformer.ln_f(x)  # has no parameters, so it serves twice
+            x = self.transformer.ln_f(x)  # no parameters: ln_f serves here too
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.activation_checkpointing and self.training:  # Chen et al. 2016
@@ -189,7 +189,7 @@ class GPT(nn.Module):
         logits = self.lm_head(self.transformer.ln_f(x))  # (B, T, V), with a cache (B, 1, V)
         if targets is None:
             return logits
-        wide = torch.promote_types(logits.dtype, torch.float32)  # 16 bits lose sums of losses
+        wide = torch.promote_types(logits.dtype, torch.float32)  # 16 bits are too few for the sum
         return F.cross_entropy(logits.flatten(0, 1).to(wide), targets.flatten())  # (B T, V), (B T)
 
     @torch.no_grad()
@@ -209,12 +209,12 @@ class GPT(nn.Module):
 
         `temperature` 0 takes the token with the largest logit; otherwise tokens are drawn from
         softmax(logits / temperature), restricted as `sample_token` says. Each row draws its random
-        numbers from `seed` and its own number, independently of other rows. After `stop_token` a
-        row repeats it; generation ends once all rows have produced it.
+        numbers from `seed` and its own number, independently of other rows. A row that has produced
+        `stop_token` repeats it; generation ends when all rows have.
 
-        With `use_cache` (see `stream`) each token is computed once, and a full context is cut to
-        its last half; without, the last `context_length` tokens are computed for every new token.
-        Both give the same tokens until the context is full.
+        With `use_cache` (see `stream`) each token is computed once; when the context is full, it is
+        cut to its last half. Without `use_cache`, the last `context_length` tokens are computed
+        again for each new token. Both give the same tokens until the context is full.
         """
         if not isinstance(idx, Tensor) or idx.dim() != 2 or not idx.numel():
             advice = "for a text, give torch.tensor([tokenizer.encode(text)])"
@@ -295,11 +295,11 @@ class GPT(nn.Module):
         return load_hugging_face(name, **changes)[0]
 
     def save_pretrained(self, folder: str, tokenizer: str | None, end_token: int | None) -> str:
-        """Write config.json and weights for transformers; return the name of its class.
+        """Write config.json and weights for transformers; return transformers' class name.
 
-        `tokenizer` is a name that `load_model` takes where there are no tokenizer files, and
-        `end_token` is the id at which transformers stops. Raises ValueError for a model that
-        transformers lacks or that has weights that are not finite.
+        `tokenizer` is stored in config.json; `load_model` returns it if the folder has no tokenizer
+        files. `end_token` is the id at which transformers stops. Raises ValueError if transformers
+        lacks such a model, or if a weight is not finite.
         """
         check_finite(*self.parameters())
         transformers = import_transformers("export")
@@ -392,11 +392,11 @@ def sample_token(
     top_p: float = 1.0,
     min_p: float = 0.0,
 ) -> Tensor:
-    """Draw one token (B, 1) for each row of `logits` (B, V).
+    """Draw one token (B, 1) for each row of `logits` (B, V); temperature 0 takes the most likely.
 
-    Candidates are the `top_k` most likely tokens; the fewest tokens whose probabilities add up to
-    `top_p` (nucleus sampling, Holtzman et al. 2020); tokens at least `min_p` times as likely as the
-    most likely one (Nguyen et al. 2024).
+    Three rules apply in turn: keep the `top_k` most likely tokens; of these the fewest whose
+    probabilities add up to `top_p` (nucleus sampling, Holtzman et al. 2020); of these the tokens at
+    least `min_p` times as likely as the most likely one (Nguyen et al. 2024).
     """
     if not (temperature >= 0 and (top_k is None or top_k >= 1) and 0 < top_p <= 1 and min_p <= 1):
         limits = "temperature must be at least 0, top_k at least 1 or None"
@@ -436,9 +436,9 @@ def norm(config: GPTConfig) -> nn.Module:
 
 
 def rotation(positions: Tensor, D: int) -> tuple[Tensor, Tensor]:
-    """Return the factors of channels and of swapped channels in `rotate`, (T, 1, 1, D) each.
+    """Return cosines and sines for `rotate`, each (T, 1, 1, D); the first D/2 sines are negated.
 
-    They are cosines, and sines with a minus for the first D/2 channels. The angle of channel pair i
+    The angle of channel pair i
     at position t of `positions` (T,) is t * 10,000^(-2i/D) radians.
     """
     frequencies = 10_000.0 ** -(torch.arange(0, D, 2, device=positions.device) / D)  # (D/2,)
@@ -473,8 +473,8 @@ def normalize_and_rotate(qkv: Tensor, qk_norm: bool, angles) -> tuple[Tensor, Te
 def gelu(x: Tensor) -> Tensor:
     """Return GELU (Hendrycks & Gimpel 2016) of `x` in OpenAI's form, with a tanh.
 
-    In bfloat16 on a CPU it is the exact form, with an error function, in a third of the time. They
-    differ by less than 0.0005, the distance of neighbouring bfloat16 numbers at 0.1.
+    In bfloat16 on a CPU, return the exact form, with an error function, in a third of the time. The
+    forms differ by less than 0.0005, the spacing of bfloat16 numbers near 0.1.
     """
     exact = x.is_cpu and x.dtype == torch.bfloat16
     return F.gelu(x, approximate="none" if exact else "tanh")
@@ -484,8 +484,8 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """Return `F.dropout(x, p)`; on a CPU with random numbers of numpy's SFC64.
 
     F.dropout takes most of its time there for random numbers, and SFC64 is about twice as fast.
-    An element is dropped where a random integer of its width is small, so `p` is rounded to a
-    multiple of 2^-16 in 16 bits.
+    An element is dropped if a random integer of as many bits is below a bound, so for 16-bit
+    elements `p` is rounded to a multiple of 2^-16.
     """
     if not x.is_cpu or torch.compiler.is_compiling():  # numpy cannot be compiled
         return F.dropout(x, p)
@@ -524,7 +524,7 @@ class RMSFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         y, scale = ctx.saved_tensors
-        along = (grad * y).mean(dim=-1, keepdim=True)  # of grad along y, whose length is fixed
+        along = (grad * y).mean(dim=-1, keepdim=True)  # along * y: the part of grad parallel to y
         return torch.addcmul(grad, y, along, value=-1).mul_(scale)
 
 
@@ -545,8 +545,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
     """Return causal attention (B, H, T, D), by `F.scaled_dot_product_attention`.
 
     q, k and v are (B, H, T, D); a single query (B, H, 1, D) attends to all keys.
-    On a CPU with dropout, or in 16 bits up to 512 tokens, where a matrix (T, T) needs little
-    memory, PyTorch's function is slower than its formula written out.
+    On a CPU the formula is written out where this is faster than PyTorch's function: with dropout,
+    and in 16 bits for T <= 512, where the weights (T, T) of each head need little memory.
     """
     B, _, T, D = q.shape
     if not q.is_cpu or not (dropout_p or (T <= 512 and q.dtype != torch.float32)):
@@ -560,7 +560,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float) -> Tensor:
 
 
 def gradient_norm(gpt: nn.Module) -> Tensor:
-    """Return the norm of all gradients of `gpt` as one vector, a scalar.
+    """Return the norm, a scalar, of the vector of all gradients of `gpt`.
 
     On a CPU the norm of a matrix takes PyTorch three times as long as the norms of its rows, and
     rounding makes it too small: by 0.3 % for 39 million random numbers.
@@ -751,8 +751,8 @@ def load_model(name: str, **changes) -> tuple[GPT, dict]:
 def load_checkpoint(path: str, **changes) -> tuple[GPT, dict]:
     """Return the model in a checkpoint file and the file's other contents; see `load_model`.
 
-    Runs no code in the file. Raises ValueError, saying why, for a file that is not from train.py
-    or nanoGPT, nor a state dict of the book's GPTModel, alone or as "model_state_dict".
+    Runs no code in the file. Raises ValueError, saying why, unless the file is from train.py or
+    nanoGPT, or holds a state dict of the book's GPTModel, alone or as "model_state_dict".
     """
     if os.path.isdir(path):  # of train.py, or nanoGPT's
         nano = os.path.join(path, "ckpt.pt")
@@ -772,7 +772,7 @@ def load_checkpoint(path: str, **changes) -> tuple[GPT, dict]:
         if "block_size" in args:  # nanoGPT's name
             args["context_length"] = args.pop("block_size")
             tied = state["lm_head.weight"].equal(state["transformer.wte.weight"])
-            args.setdefault("tie_weights", tied)  # in some of its descendants they are not
+            args.setdefault("tie_weights", tied)  # programs derived from nanoGPT may not tie them
         gpt = from_state(GPTConfig(**args | changes), state)
         if "tokenizer" not in checkpoint:
             checkpoint |= guess_tokenizer(gpt.config.vocab_size)
@@ -814,7 +814,7 @@ def book_shape(state: dict[str, Tensor]) -> dict:
     (V, C), T = state["transformer.wte.weight"].shape, len(state["transformer.wpe.weight"])
     if C % 64:
         raise ValueError(f"its number of heads is not known: {C} channels are not the book's")
-    print(f"(heads are not stored: taken as {C // 64}, as in the book's models)", file=sys.stderr)
+    print(f"(heads are not stored: {C // 64} assumed, as in the book's models)", file=sys.stderr)
     shape = dict(vocab_size=V, context_length=T, n_embd=C, n_head=C // 64, tie_weights=False)
     shape["n_layer"] = len({name.split(".")[2] for name in state if ".h." in name})
     return shape | {"qkv_bias": "transformer.h.0.attn.c_attn.bias" in state}
@@ -823,7 +823,7 @@ def book_shape(state: dict[str, Tensor]) -> dict:
 def guess_tokenizer(vocab_size: int) -> dict:
     """Return {"tokenizer": ...} of weights that name none: gpt2 by its size, otherwise None."""
     if vocab_size in (50257, 50304):  # 50,304 with nanoGPT's padding
-        print(f"(no tokenizer named: {vocab_size:,} ids are taken for GPT-2's)", file=sys.stderr)
+        print(f"(no tokenizer named: {vocab_size:,} ids, so GPT-2's is assumed)", file=sys.stderr)
         return {"tokenizer": "gpt2"}
     return {"tokenizer": None, "vocabulary": f"{vocab_size:,} ids without names"}
 
@@ -837,7 +837,7 @@ def check_finite(*tensors: Tensor):
 def one_line(error: Exception) -> str:
     """Return an error's message, or its first two lines that are not blank, as one line."""
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-        return "it asks for code to be run, which is refused: do not trust its source"
+        return "it would run code when loaded, which is refused: do not trust its source"
     lines = [line for line in str(error).splitlines() if line.strip()]
     return " ".join(" ".join(lines[:2]).split()) or repr(error)
 
@@ -937,8 +937,7 @@ def load_hugging_face(path: str, **changes) -> tuple[GPT, dict]:
 def find_tokenizer(folder: Path) -> tuple[str | None, str]:
     """Return the text of a folder's tokenizer.json, and the names of its tokenizer files.
 
-    transformers makes the text of other files. It is None if there are no files, or none that
-    transformers can read.
+    transformers converts other files. The text is None without files that transformers can read.
     """
     found = sorted(path.name for path in folder.iterdir() if path.name.startswith(TOKENIZER_FILES))
     text, names = "", ", ".join(found)
@@ -982,9 +981,9 @@ def transformers_config(config: GPTConfig, **extra):
 
 
 def required_values(config: GPTConfig) -> dict[str, tuple]:
-    """Return the values that GPT can express, of other fields of transformers' configs.
+    """Return the values that GPT supports in other fields of transformers' configs.
 
-    The first value of each is written.
+    `transformers_config` writes each first value.
     """
     if config.rotary:
         return dict(
@@ -1007,7 +1006,7 @@ def required_values(config: GPTConfig) -> dict[str, tuple]:
 
 
 def pair_tensors(reference: nn.Module, gpt: GPT):
-    """Yield each tensor of transformers' model with the tensor of `gpt` and its rows that equal it.
+    """Yield (tensor of `reference`, tensor of `gpt`, rows of the latter that equal the former).
 
     The tensor of `gpt` is None for a bias that it lacks.
     """
@@ -1041,10 +1040,10 @@ def compare_logits(gpt: GPT, reference: nn.Module):
 
 
 def choose_device(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Return the device called `device`, and the dtype of its fastest matrix products.
+    """Return a device, and the dtype of its matrix products: `dtype`, or with "auto" the fastest.
 
-    "auto" is an NVIDIA, AMD or Apple GPU if there is one, else the CPU. Raises ValueError if the
-    device is not available.
+    Device "auto" is an NVIDIA, AMD or Apple GPU if there is one, else the CPU. Raises ValueError if
+    the device is not available.
     """
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)

@@ -15,7 +15,7 @@ not tiktoken's goes into tokenizer.json, Hugging Face's format.
 A document is a text file (.txt or any other name), a line of a .jsonl or .jsonl.gz file, or a row
 of a .parquet file; --field names the field or column that holds the text. A single text file is cut
 in two: its first characters are for training, the rest for validation. Several documents are never
-cut: a hash of its content assigns each one to training or validation, <|endoftext|> follows it.
+cut: the hash of a document's text puts it into training or validation; <|endoftext|> follows it.
 With --val all sources are for training. With --separator a text file holds several documents.
 
 Files are streamed: memory does not grow with the corpus, only with its largest document, which may
@@ -68,7 +68,7 @@ class PrepareConfig:
     dataset: str = ""  # name of the folder under data/; if empty, named after the first source
     tokenizer: str = "gpt2"  # tiktoken's (gpt2, ...), bytes, bpe:N (trained here), a tokenizer.json
     val_fraction: float = 0.1  # fraction of the text kept for validation
-    val: str | None = None  # validation text instead: a file, folder or pattern
+    val: str | None = None  # validation text: a file, folder or pattern; none: see val_fraction
     separator: str = ""  # text between the documents of a text file, such as <|endoftext|>
     field: str = "text"  # field of a .jsonl line, or column of a .parquet file, with the text
     workers: int | None = None  # number of tokenizing threads; none: one per CPU core
@@ -297,7 +297,7 @@ def load_dataset(name: str, saved: dict | None = None) -> tuple[dict[str, np.nda
             advice = "prepare it with the model's tokenizer (--tokenizer NAME or FILE)"
             raise UserError(f"the model reads {wanted} tokens, data/{name} holds {found}: {advice}")
         if saved.get("dataset", meta["fingerprint"]) != meta["fingerprint"]:
-            advice = "prepare it as it was, or use another"
+            advice = "prepare it from the same text again, or use another dataset"
             raise UserError(f"data/{name} is not what the model was trained on: {advice}")
     return splits, meta
 
@@ -347,7 +347,7 @@ def decode_bytes(tokenizer: tiktoken.Encoding, ids: list[int]) -> bytes:
 
 @functools.lru_cache(maxsize=4)
 def token_sizes(tokenizer: tiktoken.Encoding, vocab_size: int = 0) -> np.ndarray:
-    """Return the bytes of each id (V,) of a tokenizer or model; special tokens have none."""
+    """Return the number of bytes of each id, (V,) int64; special tokens have 0 bytes."""
     sizes = np.zeros(max(vocab_size, tokenizer.n_vocab), dtype=np.int64)
     for token, id in tokenizer._mergeable_ranks.items():
         sizes[id] = len(token)
@@ -599,7 +599,7 @@ def read_single(
 def read_texts(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tuple]:
     """Yield (file, bytes, decoder) for a text file, or for each of its documents with --separator.
 
-    Of a document larger than LARGEST_DOCUMENT only a part, for `Record.text` to refuse.
+    A document larger than LARGEST_DOCUMENT is yielded in part, so that `Record.text` refuses it.
     """
     if not config.separator:
         yield path, file.read(LARGEST_DOCUMENT + 1), functools.partial(to_text, where=path)
@@ -620,7 +620,7 @@ def read_texts(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tup
 def read_jsonl(file: BinaryIO, path: str, config: PrepareConfig) -> Iterator[tuple]:
     """Yield (file and line, bytes, decoder) for each line that is not blank.
 
-    Of a line larger than LARGEST_DOCUMENT only the beginning, for `Record.text` to refuse.
+    A line larger than LARGEST_DOCUMENT is yielded in part, so that `Record.text` refuses it.
     """
     unzipped = gzip.open(file) if file.peek(2).startswith(b"\x1f\x8b") else file
     lines = iter(lambda: unzipped.readline(LARGEST_DOCUMENT + 1), b"")
@@ -699,7 +699,7 @@ def find_cut(text: str, tokenizer: tiktoken.Encoding) -> int:
 
 
 def same_ids(left: str, right: str, tokenizer: tiktoken.Encoding) -> bool:
-    """Return whether two texts have the ids of both as one text."""
+    """Return whether `left + right` has the ids of `left` followed by the ids of `right`."""
     encode = tokenizer.encode_ordinary
     return encode(left) + encode(right) == encode(left + right)
 
@@ -872,7 +872,7 @@ def from_json(text: str) -> tiktoken.Encoding:
             "its tokens are not made of bytes": not set("".join(vocab)) <= set(BYTES) <= set(vocab),
             "it has an id twice, or above 1,048,575": len(set(ids) & set(range(2**20))) < len(ids),
             "its ids are not in the order of its merges": merged != sorted(merged),
-            "it marks where a word goes on": model.get("continuing_subword_prefix"),
+            "it marks continued words": model.get("continuing_subword_prefix"),
             "it adds tokens that are not special": not all(token["special"] for token in added),
             f"it has no special token {' or '.join(END_TOKENS)}": not ends,
         }

@@ -11,8 +11,8 @@
 
 The checkpoint alone says which model and which tokenizer it needs.
 
-A score differs from the losses that train.py logs, also for the same text: its windows overlap, so
-that each token has at least half a context before it, and there is no dropout.
+A score differs from train.py's losses for the same text: windows overlap, so that each token
+after the first window has at least half a context before it, and there is no dropout.
 """
 
 import codecs
@@ -52,18 +52,18 @@ class SampleConfig:
     ckpt: str = "out/model.ckpt"  # checkpoint that train.py wrote, or its folder
     init_from: str | None = None  # other weights instead: gpt2, another name on the hub, a folder
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a name such as cuda:1
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of the weights
     # Text
     start: str | None = None  # prompt; FILE:path: read it from a file, -: from standard input
     num_samples: int = 1  # number of continuations, generated together
-    max_new_tokens: int = 100  # maximum length of each
+    max_new_tokens: int = 100  # maximum number of tokens in each continuation
     stop: bool = True  # end a sample at <|endoftext|>
     seed: int = 1337  # the same seed gives the same text
     # Choice of each token
     temperature: float = 0.8  # 0: the most likely token; 1: as predicted; higher: more varied
     top_k: int | None = 50  # among the k most likely tokens; none: among all
     top_p: float = 1.0  # among the most likely tokens that add up to this probability
-    min_p: float = 0.0  # among tokens at least this many times as likely as the most likely one
+    min_p: float = 0.0  # among tokens with at least min_p times the highest probability
     # Instead of a text
     top_logprobs: int | None = None  # list each token with this many alternatives
     score: str | None = None  # loss of a text: a file, - for standard input, or the split val
@@ -102,7 +102,7 @@ def main(argv: list[str]):
     if config.score is not None:
         score(config.score, saved, gpt, tokenizer)
     elif config.start is None and sys.stdin and sys.stdin.isatty():
-        print("Type a prompt; an empty line ends, Ctrl-C ends a text early.")
+        print("Type a prompt; an empty line quits, Ctrl-C ends the text being written.")
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  edit the line and recall earlier ones with arrow keys
         try:
@@ -127,7 +127,7 @@ def write(prompt: str, config: SampleConfig, gpt: GPT, tokenizer):
     print(shown, end="\n" if config.top_logprobs else "", flush=True)
     # Holds back incomplete characters; shows bytes that are not UTF-8 as <e7>.
     decoder = codecs.getincrementaldecoder("utf-8")("hex")
-    rows = []  # of each position the tokens of all samples
+    rows = []  # rows[i]: tokens of all samples at position i
     for token, logits in gpt.stream(idx, config.max_new_tokens, **rules):  # (B, 1), (B, V)
         check_finite(logits)
         rows.append(token[:, 0].tolist())
@@ -173,7 +173,7 @@ def encode(prompt: str, tokenizer, gpt: GPT) -> list[int]:
     if not ids:
         raise UserError("the prompt is empty: give one with --start")
     if max(ids) >= gpt.config.vocab_size:
-        raise UserError(f"the model does not know token {max(ids)} of the prompt")
+        raise UserError(f"token id {max(ids)} of the prompt is not in the model's vocabulary")
     if len(ids) > (T := gpt.config.context_length):
         print(f"(a prompt of {len(ids):,} tokens: the model sees the last {T:,})", file=sys.stderr)
     return ids
@@ -224,7 +224,7 @@ def score(name: str, saved: dict, gpt: GPT, tokenizer):
     if len(ids) < 2:
         raise UserError("a text to score needs at least two tokens")
     if ids.max() >= gpt.config.vocab_size:
-        raise UserError(f"the model does not know token {ids.max()} of the text")
+        raise UserError(f"token id {ids.max()} of the text is not in the model's vocabulary")
     device, C, V = gpt.transformer.wte.weight.device, gpt.config.n_embd, gpt.config.vocab_size
     T = min(gpt.config.context_length, len(ids) - 1)
     stride, rest = T - T // 2, len(ids) - 1 - T  # tokens beyond the first window

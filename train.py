@@ -73,32 +73,32 @@ class TrainConfig(GPTConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for blocks' matrices, AdamW for the rest
     learning_rate: float = 6e-4  # highest learning rate (about 0.02 with muon)
     embedding_learning_rate: float = 6e-4  # with muon: learning rate of embeddings and vectors
-    head_learning_rate: float = 6e-4  # with muon: rate of an untied head, times 128 / n_embd
+    head_learning_rate: float = 6e-4  # with muon: untied head's rate, multiplied by 128 / n_embd
     lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine"  # wsd: constant, then linear decay
     warmup_iters: int = 100  # updates over which the learning rate rises linearly
     initial_lr: float = 0.0  # learning rate at the start of the warm-up
     min_lr: float = 6e-5  # learning rate at the end of cosine and wsd
-    cooldown_fraction: float = 0.5  # with wsd: fraction of max_iters, at the end, in which it falls
+    cooldown_fraction: float = 0.5  # with wsd: last fraction of max_iters, where the rate falls
     weight_decay: float = 0.1  # decoupled weight decay of matrices; vectors have none
     beta1: float = 0.9  # AdamW: decay rate of its average of gradients
     beta2: float = 0.95  # AdamW: decay rate of its average of squared gradients
     momentum: float = 0.95  # Muon: decay rate of its average of gradients
     muon_interval: int = 1  # Muon updates each matrix once every this many updates
     grad_clip: float = 1.0  # clip gradients to this global norm; 0 disables clipping
-    max_skipped: int = 10  # stop after this many skipped updates in a row (loss not finite)
+    max_skipped: int = 10  # stop when this many updates in a row have a loss or norm not finite
     # Reports
     log_interval: int = 10  # updates between log lines
     eval_interval: int = 100  # updates between evaluations
     eval_iters: int = 20  # batches of each split in an evaluation
     checkpoint_interval: int | None = None  # updates between checkpoints; none: at evaluations
     save_best: bool = False  # also keep the weights of the lowest validation loss in best.ckpt
-    sample_prompt: str | None = None  # continued at evaluations; none: validation text; empty: off
+    sample_prompt: str | None = None  # prompt of samples; none: from validation text; empty: off
     out_dir: str = "out"  # folder for model.ckpt, metrics.jsonl and loss.png
     wandb: bool = False  # also log to Weights & Biases (WANDB_PROJECT and WANDB_NAME name the run)
     # Start and machine
     init_from: str = "scratch"  # scratch, resume, or weights: a checkpoint, a folder, gpt2
     device: str = "auto"  # auto (cuda, else mps, else cpu) or a name such as cuda:1
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # dtype of matrix products
     parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: a whole model or a shard in each
     compile: bool | None = None  # torch.compile the model; none: only on CUDA
     activation_checkpointing: bool = False  # recompute activations: less memory, more time
@@ -125,10 +125,10 @@ class TrainConfig(GPTConfig):
 def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 0, world_size=1):
     """Return inputs and targets, each (B, T) int64 on `device`, of update number `step`.
 
-    The token ids `stream` (N,) are a ring. An epoch cuts it into (N - 1) // T windows of T tokens,
-    from a new offset in each epoch (0 without `shift_windows`), and visits each window once, in
-    shuffled order. Offset and order follow from the seed and the epoch. Each rank gets B =
-    batch_size / world_size windows of the update.
+    `stream` (N,) is used as a ring: the last token id is followed by the first. Each epoch cuts it
+    into (N - 1) // T windows of T tokens, from a new offset (0 without `shift_windows`), and visits
+    each window once, in shuffled order. The seed and the epoch determine offset and order. A rank
+    gets B = batch_size / world_size windows of the update.
     """
     windows = (len(stream) - 1) // config.context_length  # per epoch
     B = config.batch_size // world_size
@@ -145,7 +145,7 @@ def get_batch(stream, step: int, config: TrainConfig, device="cpu", rank: int = 
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of update `step` (from 0), which groups multiply by `lr_scale`.
+    """Return the base learning rate of update `step` (from 0); `set_lr` scales it for each group.
 
     A linear warm-up, then the cosine of the book's appendix D, or another `lr_schedule`.
     """
@@ -167,12 +167,12 @@ def get_lr(step: int, config: TrainConfig) -> float:
 def estimate_loss(
     gpt: GPT, splits: dict, config: TrainConfig, autocast, token_sizes=None, signals=()
 ) -> dict:
-    """Return the mean loss of each split over up to `eval_iters` batches, without dropout.
+    """Return the mean loss of each split in nats per token, over up to `eval_iters` batches.
 
-    The windows are evenly spaced and the same at every call; a small split is evaluated completely,
-    each token once. Ranks share the batches; their number changes the result by rounding only.
-    With `token_sizes`, the bytes of each token id (V,), also returns the bits per byte of the same
-    targets, which can be compared between tokenizers. Returns {} if a signal arrives.
+    Dropout is off. The windows are evenly spaced and the same at every call; a small split is
+    evaluated completely, each target once. Ranks share the batches; the number of ranks changes the
+    result by rounding only. With `token_sizes`, the bytes of each token id (V,), also returns the
+    bits per byte of the same targets, to compare tokenizers. Returns {} if a signal arrives.
     """
     T, B, device = config.context_length, sequences_per_pass(config), gpt.lm_head.weight.device
     losses = {}
@@ -296,7 +296,7 @@ def set_lr(optimizers: list[torch.optim.Optimizer], step: int, config: TrainConf
     """Set the learning rate of every parameter group for update `step`; return the base rate."""
     lr = get_lr(step, config)
     for optimizer in optimizers:
-        optimizer.step_number = step  # Muon updates some of its matrices at each step
+        optimizer.step_number = step  # Muon updates some of its matrices in each update
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
     return lr
@@ -395,7 +395,7 @@ def to_numbers(loss: torch.Tensor, norm: torch.Tensor) -> list[float]:
 
 
 class Text(NamedTuple):
-    """What evaluations need of a dataset's tokenizer; the defaults if it cannot be loaded."""
+    """The tokenizer and values made from it, for evaluations; defaults if it cannot be loaded."""
 
     tokenizer: object = None  # a tiktoken.Encoding, in rank 0
     token_sizes: np.ndarray | None = None  # bytes of each token id (V,)
@@ -404,7 +404,7 @@ class Text(NamedTuple):
 
 
 def read_text(config: TrainConfig, splits: dict, meta: dict) -> Text:
-    """Return the dataset's tokenizer and the prompt for samples, the same in all ranks."""
+    """Return the `Text` of a dataset: the tokenizer in rank 0 only, the rest in all ranks."""
     tokenizer, rest = None, Text()[1:]
     try:
         if get_rank() == 0:
@@ -424,7 +424,7 @@ def read_text(config: TrainConfig, splits: dict, meta: dict) -> Text:
 
 
 def write_sample(gpt: GPT, text: Text, log: "Log", autocast):
-    """Print the prompt and its 40 likeliest next tokens, up to <|endoftext|>."""
+    """Print the prompt and up to 40 tokens, each the most likely next one, until <|endoftext|>."""
     if not text.prompt or (get_rank() > 0 and not is_sharded(gpt)):
         return
     idx, sharded = torch.tensor([text.prompt], device=log.device), is_sharded(gpt)
@@ -546,10 +546,10 @@ def load_state(gpt: GPT, optimizers: list, scaler, saved: dict) -> tuple[int, fl
 
 
 def checkpoint_is_due(config: TrainConfig, step: int, clock: "Clock") -> bool:
-    """Return whether to save at `step`: at the interval given, else at evaluations.
+    """Return whether to save at `step`: every `checkpoint_interval` updates, else at evaluations.
 
-    Saving at evaluations takes no more than about a fortieth of the time, the next time included,
-    at 1 GB/s.
+    At an evaluation, save only if all saving so far and the next save, estimated at 1 GB/s, take
+    less than a fortieth of the run's time.
     """
     if config.checkpoint_interval is not None:
         return step < config.max_iters and step % config.checkpoint_interval == 0
@@ -628,7 +628,7 @@ def print0(text: str):
 
 
 class Clock:
-    """The seconds since training began, and in `spent` those that were not training."""
+    """The seconds since training began, and in `spent` the seconds of evaluation, saving, ..."""
 
     def __init__(self):
         self.started, self.spent, self.reported = time.perf_counter(), Counter(), 0.0
@@ -753,7 +753,7 @@ def describe(config: TrainConfig, meta: dict, step: int, device: torch.device, d
     print0(f"        {flops:.3g} FLOP per token, {total:.3g} FLOP in all")
     print0(f"files   {Path(config.out_dir).as_posix()}/, checkpoints of {checkpoint:,.4g} MB")
     if step >= config.max_iters:
-        print0(f"all {step:,} updates are done; a larger --max_iters goes on from here")
+        print0(f"all {step:,} updates are done; to train longer, give a larger --max_iters")
     if config.warmup_iters >= config.max_iters:
         print0(f"warning: a warm-up of {config.warmup_iters:,} updates never ends in this run")
     if config.min_lr > config.learning_rate and config.lr_schedule != "constant":
@@ -837,9 +837,9 @@ def get_precision(config: TrainConfig):
 
 
 def reuse_memory():
-    """Keep freed memory in the process for the next step, instead of returning it to the system.
+    """Keep freed memory in the process for the next update; do not return it to the system.
 
-    The system zeroes memory before it hands it out again, which took a sixth of a step
+    The system zeroes memory before it hands it out again, which took a sixth of an update
     on two cores. The names are from glibc's mallopt(3); other C libraries have no such function.
     """
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
@@ -940,9 +940,9 @@ def any_rank(signals: list[int]) -> int:
 
 
 def catch_signals() -> list[int]:
-    """Return a list that receives SIGINT, SIGTERM and SIGHUP; a second one ends the program.
+    """Return a list that receives SIGINT, SIGTERM and SIGHUP; a second signal ends the program.
 
-    Not under torchrun: there each rank receives a Ctrl-C twice, from the terminal and torchrun.
+    Under torchrun it does not: each rank receives a Ctrl-C twice, from the terminal and torchrun.
     """
     received, signals = [], [signal.SIGINT, signal.SIGTERM]
     if getattr(signal, "SIGHUP", None) and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
@@ -964,7 +964,7 @@ def catch_signals() -> list[int]:
 
 @contextlib.contextmanager
 def process_group():
-    """Join the ranks that torchrun started, if it did, and yield the id of the run.
+    """Join the process group if torchrun started this process; yield the id of the run.
 
     The id is random and made once per launch: torchrun's store keeps it when ranks are restarted.
     """
@@ -990,7 +990,7 @@ def process_group():
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         where = "process {} of {} at {}:{}".format(*(os.environ.get(name, "?") for name in names))
         advice = "check that all use this address and that no firewall blocks it"
-        raise UserError(f"{where} did not meet the others: {advice} ({error})") from error
+        raise UserError(f"{where} cannot reach the others: {advice} ({error})") from error
     try:
         yield run_id
     except (UserError, RuntimeError) as error:

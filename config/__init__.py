@@ -28,7 +28,7 @@ while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
     pass
 os.close(descriptor)
 
-# Large tensors in huge pages: otherwise every step on a CPU maps them again, 4 KiB at a time.
+# Large tensors in huge pages: otherwise every update on a CPU maps them again, 4 KiB at a time.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 # OpenMP's threads wait for each other in a loop; a short one leaves the cores to other programs.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")

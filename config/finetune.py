@@ -7,7 +7,7 @@
 
 The weights come from Hugging Face's hub. Without a network, use --init_from FOLDER, a copy of the
 model (config.json and model.safetensors). gpt2-medium, -large and -xl have 355M, 774M and 1,558M
-parameters; training takes 16 bytes for each of them, and more for longer contexts.
+parameters; training takes 16 bytes per parameter, and more for longer contexts.
 """
 
 dataset = "finetune"
@@ -25,5 +25,5 @@ min_lr = 5e-6
 
 log_interval = 5
 eval_interval = 20
-save_best = True  # the model soon overfits a small text; best.ckpt is from before that
+save_best = True  # the model soon overfits a small text; best.ckpt keeps the best weights
 sample_prompt = "The"

@@ -20,7 +20,7 @@ Time: 10 billion tokens take 6 x 124e6 x 10e9 = 7.4e18 floating-point operations
 for attention. At 40 % of its peak of 989e12 per second, one H100 needs about six hours; eight
 (torchrun --nproc_per_node=8) 45 minutes; a laptop at 0.3e12 a year. These are estimates.
 
-Several machines share one data/ and one out/ folder. Run on both, with the first one's name:
+Several machines share one data/ and one out/ folder. Run this on both; node1 is the first machine:
 
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=node1:29500 \
         --rdzv_id=run1 train.py config/gpt2.py
@@ -38,8 +38,8 @@ minutes before the time is up:
 - --max_restarts=3 restarts all processes when one dies. On several machines this needs
   TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment. A job that the scheduler starts again is
   a new run unless it says --init_from resume.
-- If processes see other data or settings, or do not meet, all end with one line about it. torchrun
-  then prints a traceback and a report of its own: the line is above them. GLOO_SOCKET_IFNAME and
+- If processes have different data or settings, or cannot connect, all end. One line says why,
+  above the traceback and the report that torchrun prints. GLOO_SOCKET_IFNAME and
   NCCL_SOCKET_IFNAME name the network interface if a machine has several.
 - A slow network: more sequences per update, so that gradients are averaged less often; ddp rather
   than fsdp; NCCL_DEBUG=INFO shows whether InfiniBand is used.

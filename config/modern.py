@@ -11,7 +11,7 @@ was tried and is not used.
 dataset = "modern"
 
 # 10.8M parameters: half an hour on two cores with bfloat16, at 1.4 s an update (measured over 8).
-# Larger ones, for a GPU: 12 layers, 768 channels, 12 heads (85M), or 24, 1,024, 16 (303M), with
+# Larger models, for a GPU: 12 layers, 768 channels, 12 heads (85M), or 24, 1,024, 16 (303M), with
 # context_length 1,024.
 n_layer = 6
 n_head = 6

@@ -7,8 +7,8 @@
 
 A token of this vocabulary is about one and a half characters. GPT-2's vocabulary needs more than a
 token for each character, and its 50,257 embeddings would be most of a model of this size. 500
-updates reach 4.77, 1.616 bits per byte (seed 1337, one run), in 12 minutes on two cores with AVX2,
-or about four with bfloat16 (measured over 25 updates). It then writes, for example:
+updates reach 4.77 nats per token, 1.616 bits per byte (seed 1337, one run), in 12 minutes on two
+cores with AVX2, or about four with bfloat16 (measured over 25 updates). It then writes:
 
     吾輩はちょっと滑稽でも捕えて見ると、主人の寺と、主人のごとく主人と、こんな事な夢にもやらん。
 

@@ -8,12 +8,12 @@ nanoGPT publishes two validation losses for this text: 1.88, of 4 layers and 128
 2,000 updates of 12 x 64 characters, about three minutes on a CPU; and 1.4697, of 10.7M parameters
 after 82M tokens, three minutes on an A100.
 
-Here 1.398, 1.394 and 1.392 (seeds 1337, 1 and 2) over the whole validation split after 7.4M tokens,
-in 9 min 18 s, 19 min 5 s and 12 min 30 s on two cores of an Intel Xeon with AMX, at 4,000 to 16,000
-tokens/s: other programs shared the machine. 1.460 with --max_iters 1300 and two evaluations, in
-5 min 47 s. Eleven runs of this size have been evaluated on that split, by earlier versions too
-(1.400, 1.399 and 1.454): the values below were chosen without it, one idea was rejected by it
-(tests/README.md).
+Measured here: 1.398, 1.394 and 1.392 (seeds 1337, 1 and 2) over the whole validation split after
+7.4M tokens, in 9 min 18 s, 19 min 5 s and 12 min 30 s on two cores of an Intel Xeon with AMX, at
+4,000 to 16,000 tokens/s: other programs shared the machine. 1.460 with --max_iters 1300 and two
+evaluations, in 5 min 47 s. Eleven runs of this size have been evaluated on that split, by earlier
+versions too (1.400, 1.399 and 1.454): the values below were chosen without it, one idea was
+rejected by it (tests/README.md).
 """
 
 dataset = "shakespeare"
@@ -50,7 +50,7 @@ context_length = 256
 dropout = 0.05
 batch_size = 8
 max_iters = 3600
-muon_interval = 2  # as many products per token as 16 sequences and 1; not compared
+muon_interval = 2  # as many products per token as with batch_size 16 and interval 1; not compared
 
 log_interval = 100
 eval_interval = 600

@@ -34,5 +34,5 @@ grad_clip = 1.0
 
 log_interval = 3
 eval_interval = 18  # every second epoch
-eval_iters = 5  # as in chapter 5: 10 of 19 training windows, and the whole validation split
+eval_iters = 5  # as in chapter 5: 10 of 19 training windows (the last is short), all of validation
 sample_prompt = "Every effort moves you"

@@ -212,7 +212,7 @@ BIAS = "h.1.mlp.c_fc.bias"
         (lambda d: (d / "config.json").write_text("[]"), "as GPT-2 or NanoChat: "),
         (lambda d: (d / "config.json").write_text("{}"), "its files are smaller than the model"),
         (lambda d: (d / "model.safetensors").write_bytes(b"x" * 99_999), "header too large"),
-        (save_pickle, "asks for code to be run, which is refused"),
+        (save_pickle, "would run code when loaded, which is refused"),
         (lambda d: edit(d, model_type="llama"), "its model_type is 'llama'"),
         (lambda d: edit(d, activation_function="relu"), "its activation_function is 'relu'"),
         (lambda d: edit(d, n_inner=50), "its n_inner is 50"),
@@ -328,7 +328,7 @@ def save_tokenizer(folder, kind):
 @pytest.mark.parametrize(
     "kind, vocab_size, name, says",
     [
-        ("none", 50257, "gpt2", "no tokenizer named: 50,257 ids are taken for GPT-2's"),
+        ("none", 50257, "gpt2", "no tokenizer named: 50,257 ids, so GPT-2's is assumed"),
         ("none", 65, None, "tokenizer is not known (65 ids without names)"),
         ("gpt2", 50257, "gpt2", ""),
         ("padded", 50304, "bpe:50258", ""),

@@ -689,7 +689,7 @@ class Malice:
         (b"Once upon a time", "truncated, or not a checkpoint"),
         (pickle.dumps(Malice()), "truncated, or not a checkpoint"),
         (checkpoint_bytes()[:-1], "truncated, or not a checkpoint"),
-        (checkpoint_bytes(step=Malice()), "asks for code to be run, which is refused"),
+        (checkpoint_bytes(step=Malice()), "would run code when loaded, which is refused"),
         (checkpoint_bytes(model=3), "'int' object"),
         (checkpoint_bytes(model_args=None), "'NoneType'"),
         (checkpoint_bytes(1), "lacks model or model_args"),
@@ -808,7 +808,7 @@ def test_the_books_files_load(tmp_path, capsys, qkv_bias, with_optimizer):
     gpt, rest = load_model(tmp_path / "model.pth")
     torch.testing.assert_close(gpt(idx), book_logits(state, idx), atol=1e-4, rtol=1e-4)
     assert set(rest) == {"tokenizer", "vocabulary"} and not rest["tokenizer"] and not gpt.training
-    assert "heads are not stored: taken as 2, as in the book" in capsys.readouterr().err
+    assert "heads are not stored: 2 assumed, as in the book" in capsys.readouterr().err
     torch.save(book_state(32, qkv_bias), tmp_path / "model.pth")
     with pytest.raises(ValueError, match="cannot read .*: its number of heads is not known"):
         load_model(tmp_path / "model.pth")

@@ -305,7 +305,7 @@ def test_processes_that_never_meet(command, folder, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(train, "RENDEZVOUS", timedelta(seconds=1))
     code, _, err = command("train.py", *TINY)
-    assert code == 2 and "process 1 of 2 at 127.0.0.1:1 did not meet the others" in err
+    assert code == 2 and "process 1 of 2 at 127.0.0.1:1 cannot reach the others" in err
     assert err.splitlines()[-1].startswith("train.py: ")
 
 

@@ -267,7 +267,7 @@ def test_a_checkpoint_without_a_tokenizer(command, trained):
         if vocab_size == 65:
             assert code == 2 and not out and "tokenizer is not known (65 ids" in err
         else:
-            assert code == 0 and out.startswith("!") and "taken for GPT-2's" in err
+            assert code == 0 and out.startswith("!") and "so GPT-2's is assumed" in err
         assert err.count("\n") == 1
 
 
